@@ -1,0 +1,75 @@
+"""``python -m balancer.start``: become nginx, after whatever an earlier one left behind is gone.
+
+Run by the supervisor in its own process group. When a master was killed, its processes still
+hold the port: they are told to finish what they carry and to let go of it first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+from balancer import nginx, processes
+
+RELEASE_SECONDS = 1.0
+"""How long an old process may take to let go of the port before it is killed."""
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """Whether nginx could listen there now. A host that cannot be resolved counts as free:
+    nginx itself says what is wrong with it."""
+    try:
+        found = socket.getaddrinfo(
+            None if host == "*" else host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError:
+        return True
+    for family, kind, protocol, _, where in found:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(where)
+            except OSError:
+                return False
+    return True
+
+
+def release_port(prefix: Path, host: str, port: int) -> None:
+    """Make leftover nginx processes of this prefix stop listening; what they carry may finish."""
+    old = processes.all_members(prefix)
+    if not old:
+        return
+    processes.send(old, signal.SIGQUIT)
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while not port_is_free(host, port):
+        if time.monotonic() > deadline:
+            processes.send(processes.all_members(prefix), signal.SIGKILL)
+            return
+        time.sleep(processes.CHECK_SECONDS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="balancer.start", description=__doc__)
+    parser.add_argument("--program", type=Path, required=True)
+    parser.add_argument("--prefix", type=Path, required=True)
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    options = parser.parse_args()
+
+    release_port(options.prefix, options.host, options.port)
+    still_finishing = [
+        master
+        for master in processes.read(options.prefix)
+        if processes.members(master, options.prefix)
+    ]
+    processes.write(options.prefix, [*still_finishing, processes.this_process()])
+    arguments = nginx.command(options.program, nginx.version(options.program), options.prefix)
+    os.execv(arguments[0], arguments)  # noqa: S606 - to become nginx is the point
+
+
+if __name__ == "__main__":
+    main()
