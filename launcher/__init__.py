@@ -1,0 +1,1 @@
+"""The command `gpufarm`: configuration, sizing, and the life of a farm."""

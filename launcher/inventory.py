@@ -1,0 +1,84 @@
+"""What there is to plan with: devices, the host, and the footprint of one worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DeviceKind = Literal["gpu", "mig", "cpu", "imagined"]
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """Another process on a device."""
+
+    pid: int
+    name: str = ""
+    bytes: int | None = None
+    """Device memory it holds; None where the driver does not tell."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU, a MIG slice, the CPU with its RAM, or one that was only given as a size."""
+
+    id: str
+    """The UUID (``GPU-…``, ``MIG-…``), ``cpu``, or ``device0`` for an imagined one."""
+    name: str
+    kind: DeviceKind
+    total: int
+    """Bytes."""
+    free: int
+    """Bytes that are free now."""
+    index: int = 0
+    """Its place in the driver's order; for people, never for selecting."""
+    tenants: tuple[Tenant, ...] = ()
+    driver: str = ""
+    problem: str = ""
+    """Why it cannot be used (lost, reset required, no permission); empty when it can."""
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.kind in ("gpu", "mig")
+
+
+@dataclass(frozen=True)
+class Host:
+    """The cores and the RAM that this process may use."""
+
+    cores: float | None = None
+    """Affinity and CPU quota taken together; may be a fraction. None: not considered."""
+    ram_total: int | None = None
+    ram_free: int | None = None
+    """Bytes available without swapping, within the memory limits. None: not considered."""
+    cores_from: str = ""
+    ram_from: str = ""
+    """Which limit gave the numbers: "affinity", "cgroup quota", "MemAvailable", …"""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one worker needs of its device, in bytes."""
+
+    peak: int
+    """The highest use while starting."""
+    steady: int
+    """The highest use while serving, after warm-up."""
+    host_ram: int | None = None
+    """PSS of its process tree, for workers whose device is a GPU. None: not measured."""
+    how: str = "given"
+    """"given" or "measured" """
+    measured_at: str = ""
+    """UTC, ISO 8601; empty for a given one."""
+    device: str = ""
+    """Name of the device on which it was measured."""
+    samples: int = 0
+    requests: int = 0
+    """How many requests were run while measuring."""
+    exact: bool = True
+    """False when others used the device meanwhile: then it is an upper guess."""
+
+    @classmethod
+    def given(cls, size: int) -> Footprint:
+        """A footprint that somebody states instead of measuring it: peak and steady are one."""
+        return cls(peak=size, steady=size)
