@@ -47,16 +47,32 @@ def _device_name(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _count(value: object) -> object:
+    """Checked before pydantic does: its messages for a union name the members, no remedy."""
+    text = value.strip() if isinstance(value, str) else value
+    if isinstance(text, str) and text.isdecimal():
+        text = int(text)
+    if text == "auto" or (isinstance(text, int) and not isinstance(text, bool) and text >= 1):
+        return text
+    raise ValueError('must be "auto" or a whole number from 1')
+
+
+def _absolute(value: Path) -> Path:
+    return value.expanduser().absolute()
+
+
 def _url_path(value: str) -> str:
     if not value.startswith("/"):
         raise ValueError('must be a path that begins with "/"')
     return value
 
 
+Count = Annotated[Literal["auto"] | int, BeforeValidator(_count)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Seconds = Annotated[float, BeforeValidator(_no_bool)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 OptionalSize = Annotated[int | None, BeforeValidator(_optional_size)]
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 UrlPath = Annotated[str, AfterValidator(_url_path)]
 
 
@@ -76,7 +92,8 @@ class ModelSettings(_Section):
     )
     args: dict[str, Any] = Field(default={}, description="a table of keyword arguments")
     aliases: tuple[str, ...] = Field(default=(), description='a list of names such as ["tts-1"]')
-    ready_url: UrlPath = Field(default="/", description='a path such as "/health"')
+    ready_url: AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+UrlPath = Field(default="/", description='a path such as "/health"')
     environment: dict[str, str] = Field(default={}, description="a table of texts")
 
     @model_validator(mode="before")
@@ -117,9 +134,7 @@ class ModelSettings(_Section):
 class WorkersSettings(_Section):
     """[workers]: how many, and how each behaves."""
 
-    count: Annotated[Literal["auto"] | int, BeforeValidator(_no_bool)] = Field(
-        default="auto", description='"auto" or a whole number from 1'
-    )
+    count: Count = Field(default="auto", description='"auto" or a whole number from 1')
     max: Whole = Field(default=16, ge=1, le=256, description="a whole number from 1 to 256")
     threads: Whole = Field(default=1, ge=1, le=1024, description="a whole number from 1")
     line: Whole = Field(default=8, ge=0, description="a whole number from 0")
@@ -129,34 +144,27 @@ class WorkersSettings(_Section):
     load_timeout: Seconds = Field(
         default=600.0, gt=0, allow_inf_nan=False, description="seconds above 0"
     )
-    path: tuple[Path, ...] = Field(default=(), description='a list of folders such as ["models"]')
-
-    @model_validator(mode="before")
-    @classmethod
-    def _count(cls, data: Any) -> Any:
-        """Check here: pydantic's own messages for a union name its members, not the remedy."""
-        if isinstance(data, dict) and isinstance(count := data.get("count", "auto"), int | str):
-            whole = str(count).strip()
-            if whole != "auto" and not (whole.isdecimal() and int(whole) >= 1):
-                raise ValueError(f'count = {count!r}: must be "auto" or a whole number from 1')
-            data = {**data, "count": "auto" if whole == "auto" else int(whole)}
-        return data
+    path: tuple[AbsolutePath, ...] = Field(default=(), description='a list of folders such as ["models"]')
 
 
 class ProbeRequest(_Section):
-    """One of footprint.requests: what is sent to a lone worker while its memory is watched."""
+    """One of footprint.requests: what is sent to a lone worker while its memory is watched.
+
+    POST with ``json`` or ``body_file``, GET with neither.
+    """
 
     model_config = ConfigDict(populate_by_name=True)
 
-    path: UrlPath = Field(description='a path such as "/predict"')
+    path: AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+UrlPath = Field(description='a path such as "/predict"')
     body: Any = Field(default=None, alias="json", description="the JSON to send")
-    body_file: Path | None = Field(default=None, description="a file to send")
+    body_file: AbsolutePath | None = Field(default=None, description="a file to send")
     content_type: str = Field(default="", description='such as "audio/wav"')
 
     @model_validator(mode="after")
     def _one_body(self) -> ProbeRequest:
-        if (self.body is None) == (self.body_file is None):
-            raise ValueError("needs either json or body_file")
+        if self.body is not None and self.body_file is not None:
+            raise ValueError("has both json and body_file; remove one of them")
         return self
 
 
@@ -201,7 +209,7 @@ class Settings(_Section):
         default="127.0.0.1", min_length=1, description='an address such as "127.0.0.1"'
     )
     port: Whole = Field(default=8000, ge=1, le=65535, description="a port from 1 to 65535")
-    state_dir: Path = Field(default_factory=lambda: default_state_dir(os.environ))
+    state_dir: AbsolutePath = Field(default_factory=lambda: default_state_dir(os.environ))
     model: ModelSettings = Field(default_factory=ModelSettings)
     workers: WorkersSettings = Field(default_factory=WorkersSettings)
     footprint: FootprintSettings = Field(default_factory=FootprintSettings)
@@ -213,6 +221,15 @@ class Settings(_Section):
     """The file it came from; not a key."""
     folder: Path = Field(default_factory=Path.cwd, json_schema_extra={"internal": True})
     """The file's folder, or the working directory at load: first on the workers' import path."""
+
+    @model_validator(mode="after")
+    def _can_be_sized(self) -> Settings:
+        if self.model.command and not (self.footprint.bytes or self.footprint.requests):
+            raise ValueError(
+                "model.command needs footprint.requests (what to send while its memory is "
+                'measured) or footprint.bytes (such as "7GiB")'
+            )
+        return self
 
     @property
     def import_path(self) -> tuple[Path, ...]:
@@ -251,7 +268,7 @@ def load(
     folder = path.parent if path else Path.cwd()
     layers = sources.read(Settings, path, overrides or {}, environ)
     merged = sources.merge(layers)
-    if "state_dir" not in merged:
+    if not merged.get("state_dir"):
         merged["state_dir"] = default_state_dir(environ)
     try:
         return Settings.model_validate({**merged, "config_file": path, "folder": folder})

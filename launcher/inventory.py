@@ -34,6 +34,10 @@ class Device:
     """Its place in the driver's order; for people, never for selecting."""
     tenants: tuple[Tenant, ...] = ()
     driver: str = ""
+    parent: str = ""
+    """UUID of the GPU that a MIG slice is cut from."""
+    exclusive: bool = False
+    """Its compute mode lets only one process in."""
     problem: str = ""
     """Why it cannot be used (lost, reset required, no permission); empty when it can."""
 

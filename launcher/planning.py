@@ -186,7 +186,7 @@ def plan(devices: Sequence[Device], footprint: Footprint, host: Host, limits: Li
     usable = [device for device in devices if not device.problem]
     headrooms = {d.id: _headroom(d, limits) for d in usable}
     budgets = {d.id: _budget(d, headrooms[d.id], limits) for d in usable}
-    fits = {d.id: fitting(budgets[d.id], footprint) for d in usable}
+    fits = {d.id: _fits(d, budgets[d.id], footprint) for d in usable}
     caps = Caps(
         memory=sum(fits.values()),
         ram=_ram_cap(usable, footprint, host, limits),
@@ -224,12 +224,21 @@ def plan(devices: Sequence[Device], footprint: Footprint, host: Host, limits: Li
         threads=limits.threads,
     )
     asked = max(1, count) if limits.count == "auto" else limits.count
-    skipped = tuple(f"{d.name} ({d.id}) is left out: {d.problem}" for d in devices if d.problem)
-    return replace(
-        result,
-        refusal=result.refusal_for(asked),
-        warnings=skipped + (result.warnings_for(count) if not result.refusal_for(asked) else ()),
-    )
+    refusal = result.refusal_for(asked)
+    warnings = [f"{d.name} ({d.id}) is left out: {d.problem}" for d in devices if d.problem]
+    warnings += [
+        f"{d.name} ({d.id}) takes one worker: its compute mode is EXCLUSIVE_PROCESS"
+        for d in usable
+        if d.exclusive
+    ]
+    if not refusal:
+        warnings += result.warnings_for(count)
+    return replace(result, refusal=refusal, warnings=tuple(warnings))
+
+
+def _fits(device: Device, budget: int, footprint: Footprint) -> int:
+    number = fitting(budget, footprint)
+    return min(number, 1) if device.exclusive else number
 
 
 def _headroom(device: Device, limits: Limits) -> int:

@@ -279,26 +279,33 @@ def explain(schema: type[BaseModel], error: ValidationError, layers: list[Layer]
 
 
 def _explain_one(schema: type[BaseModel], problem: ErrorDetails, layers: list[Layer]) -> str:
-    path = problem["loc"]
-    text = str(problem.get("ctx", {}).get("error", ""))
-    layer = next((layer for layer in layers if layer.has(path)), None)
-    names = [str(part) for part in path]
+    path, value = problem["loc"], problem["input"]
+    names = tuple(str(part) for part in path)
     key = ".".join(names)
-    fields = all_keys(schema)
-    info = next(
-        (fields[k] for n in range(len(names), 0, -1) if (k := ".".join(names[:n])) in fields), None
-    )
-    value = problem["input"]
-    shown = "" if isinstance(value, dict) else f" = {_show(value)}"
-    if isinstance(value, dict) and text:  # a whole section's complaint names its own key
-        return f"{layer.label if layer else 'configuration'}: {key}{_join(text)}"
-    remedy = text or (f"must be {info.description}" if info and info.description else "")
-    if problem["type"] == "extra_forbidden":
-        remedy = "there is no such key"
-    if layer and layer.names.get(tuple(names)):
-        return f"{layer.names[tuple(names)]}{shown}: {remedy or problem['msg']}"
+    complaint = str(problem.get("ctx", {}).get("error", ""))
+    layer = next((layer for layer in layers if path and layer.has(path)), None)
     where = layer.label if layer else "configuration"
-    return f"{where}: {key}{shown}: {remedy or problem['msg']}"
+    if isinstance(value, dict) and complaint:  # a whole section's, which names its own key
+        return f"{where}: {key}{_join(complaint)}" if key else f"{where}: {complaint}"
+    if complaint:
+        remedy = complaint
+    elif problem["type"] == "extra_forbidden":
+        remedy = "there is no such key"
+    elif problem["type"] in ("model_type", "model_attributes_type"):
+        remedy = "must be a section (a table of keys)"
+    else:
+        info = _field(schema, names)
+        remedy = f"must be {info.description}" if info and info.description else problem["msg"]
+    if layer and names in layer.names:
+        return f"{layer.names[names]} = {_show(value)}: {remedy}"
+    return f"{where}: {key} = {_show(value)}: {remedy}"
+
+
+def _field(schema: type[BaseModel], names: tuple[str, ...]) -> FieldInfo | None:
+    """The field of a key, or of the key that an item such as ``aliases.0`` belongs to."""
+    fields = all_keys(schema)
+    keys = (".".join(names[:depth]) for depth in range(len(names), 0, -1))
+    return next((fields[key] for key in keys if key in fields), None)
 
 
 def _join(text: str) -> str:
