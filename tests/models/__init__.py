@@ -1,0 +1,1 @@
+"""Models for tests, each as small as a user's could be."""

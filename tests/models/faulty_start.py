@@ -1,0 +1,55 @@
+"""Models that do not come up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class NoSetup:
+    def predict(self, request: Any) -> Any:
+        return request
+
+
+class NoPredict:
+    def setup(self, device: str) -> None:
+        pass
+
+
+class Arguments(NoPredict):
+    def __init__(self, size: int, name: str = "x") -> None:
+        pass
+
+    def predict(self, request: Any) -> Any:
+        return request
+
+
+class SetupFails(NoSetup):
+    def setup(self, device: str) -> None:
+        raise FileNotFoundError("weights.safetensors is missing\nsecond line")
+
+
+class WarmUpFails(NoSetup):
+    def setup(self, device: str) -> None:
+        pass
+
+    def warm_up(self) -> None:
+        raise RuntimeError("no kernel image for this device")
+
+
+class Exits(NoSetup):
+    def setup(self, device: str) -> None:
+        raise SystemExit(0)
+
+
+class NoVoices:
+    sample_rate = 16000
+    voices: list[str] = []  # noqa: RUF012
+
+    def setup(self, device: str) -> None:
+        pass
+
+    def speak(self, request: Any) -> Any:
+        return iter(())
+
+
+NOT_A_CLASS = 3

@@ -1,0 +1,107 @@
+"""Models of /predict."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Echo:
+    def setup(self, device: str) -> None:
+        self.device = device
+        self.threads = {threading.current_thread().name}
+
+    def warm_up(self) -> None:
+        self.threads.add(threading.current_thread().name)
+
+    def health(self) -> dict[str, Any]:
+        return {"dtype": "float32", "engine": "echo", "threads": sorted(self.threads)}
+
+    def longest_request(self) -> dict[str, Any]:
+        return {"path": "/predict", "json": {"longest": True}}
+
+    def predict(self, request: Any) -> Any:
+        self.threads.add(threading.current_thread().name)
+        if isinstance(request, bytes):
+            return request[::-1]
+        if request == "text":
+            return "plain text"
+        if request == "device":
+            return {"device": self.device}
+        return {"echo": request}
+
+
+class Slow:
+    """Works for ``seconds`` (or until the file ``until`` exists) and notes what it ran."""
+
+    def __init__(self, journal: str = "") -> None:
+        self.journal = Path(journal) if journal else None
+
+    def setup(self, device: str) -> None:
+        pass
+
+    def note(self, word: str) -> None:
+        if self.journal is not None:
+            with self.journal.open("a") as file:
+                file.write(word + "\n")
+
+    def predict(self, request: dict[str, Any]) -> Any:
+        self.note(f"ran {request.get('name')}")
+        time.sleep(request.get("seconds", 0))
+        until = request.get("until")
+        while until is not None and not Path(until).exists():
+            time.sleep(0.01)
+        return {"name": request.get("name")}
+
+
+class Counting(Slow):
+    """A generator that notes when it is closed."""
+
+    def predict(self, request: dict[str, Any]) -> Iterator[Any]:
+        kind = request.get("kind", "json")
+        try:
+            for number in range(request.get("count", 3)):
+                if number == request.get("fail_at"):
+                    raise RuntimeError("the secret of the model")
+                yield {"json": {"n": number}, "bytes": b"%d" % number, "text": str(number)}[kind]
+                time.sleep(request.get("seconds", 0))
+                until = request.get("until")
+                while until is not None and not Path(until).exists():
+                    time.sleep(0.01)
+                    yield {"tick": True}
+        finally:
+            self.note(f"closed on {threading.current_thread().name}")
+
+
+class Faulty:
+    """Fails in every way that a model can."""
+
+    def setup(self, device: str) -> None:
+        pass
+
+    def predict(self, request: dict[str, Any]) -> Any:
+        kind = request["kind"]
+        if kind == "value":
+            raise ValueError("the secret of the model")
+        if kind == "exit":
+            raise SystemExit(7)
+        if kind == "object":
+            return {"a": object()}
+        if kind == "nan":
+            return {"a": float("nan")}
+        if kind == "sticky":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if kind == "memory":
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        if kind == "refuse":
+            from workers.contract import InvalidRequest
+
+            raise InvalidRequest("kind must not be refuse")
+        if kind == "numpy":
+            import numpy as np
+
+            return {"a": np.arange(3), "b": np.float32(0.5)}
+        return kind

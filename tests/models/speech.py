@@ -1,0 +1,44 @@
+"""A model of /v1/audio/speech: it hums, a tenth of a second for each character."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from workers.contract import Audio, InvalidRequest, SpeechRequest
+
+
+class Hum:
+    voices = ["low", "high"]  # noqa: RUF012
+
+    def __init__(self, sample_rate: int = 16000, journal: str = "") -> None:
+        self.sample_rate = sample_rate
+        self.journal = Path(journal) if journal else None
+
+    def setup(self, device: str) -> None:
+        self.device = device
+
+    def speak(self, request: SpeechRequest) -> Iterator[Audio]:
+        if request.input == "unspeakable":
+            raise InvalidRequest("this cannot be spoken")
+        pitch = 220 if request.voice == "low" else 440
+        length = int(self.sample_rate * 0.1 / request.speed)
+        times = np.arange(length, dtype=np.float32) / self.sample_rate
+        gate = request.extra.get("gate")
+        try:
+            for index, character in enumerate(request.input):
+                if character == "!":
+                    raise RuntimeError("the secret of the model")
+                with request.work.stage("decoder"):
+                    chunk = 0.3 * np.sin(2 * np.pi * pitch * times)
+                yield chunk.astype(np.float32)
+                while gate and index == 0 and not Path(gate).exists():
+                    request.work.check()
+                    time.sleep(0.01)
+        finally:
+            if self.journal is not None:
+                with self.journal.open("a") as file:
+                    file.write("closed\n")

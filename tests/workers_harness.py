@@ -1,0 +1,128 @@
+"""A real worker process for a test, with deadlines for everything."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+from typing_extensions import Self
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 90.0
+"""Seconds that anything may take on a busy machine before a test gives up."""
+
+
+def eventually(condition: Callable[[], Any], what: str) -> Any:
+    """The first true value of ``condition``."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"never came: {what}"
+        time.sleep(0.02)
+
+
+class WorkerProcess:
+    """``python -P -m workers`` on a free port. A context manager: nothing outlives the block."""
+
+    def __init__(
+        self,
+        folder: Path,
+        target: str,
+        args: dict[str, Any] | None = None,
+        *,
+        port: int = 0,
+        spec: dict[str, Any] | None = None,
+        model: dict[str, Any] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        document = {
+            "model": {"target": target, "args": args or {}, "name": "test", **(model or {})},
+            "path": [str(ROOT)],
+            **(spec or {}),
+        }
+        file = folder / f"spec-{time.monotonic_ns()}.json"
+        file.write_text(json.dumps(document))
+        command = [sys.executable, "-P", "-W", "error", "-m", "workers"]
+        command += ["--spec", str(file), "--id", "w1", "--port", str(port), "--device", "cpu"]
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.url = ""
+        self.client = httpx.Client(timeout=PATIENCE, trust_env=False)
+
+    def __enter__(self) -> Self:
+        try:
+            match = eventually(self._ready, "a ready worker")
+        except BaseException:
+            self.__exit__()
+            raise
+        self.url = match[1]
+        self.client.base_url = httpx.URL(self.url)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+    @property
+    def log(self) -> str:
+        return "\n".join(self.lines)
+
+    def wait(self) -> int:
+        """The exit code, with the log complete."""
+        code = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return code
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def predict(self, value: Any, **options: Any) -> httpx.Response:
+        return self.client.post("/predict", json=value, **options)
+
+    def health(self) -> dict[str, Any]:
+        report: dict[str, Any] = self.client.get("/health").json()
+        return report
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of a series; 0 where it does not exist yet."""
+        for line in self.client.get("/metrics").text.splitlines():
+            if line.startswith(f"{name}{{") and all(
+                f'{key}="{value}"' in line for key, value in labels.items()
+            ):
+                return float(line.rsplit(" ", 1)[1])
+        return 0.0
+
+    def _ready(self) -> re.Match[str] | None:
+        assert self.process.poll() is None, f"the worker ended: {self.log}"
+        return re.search(r"ready url=(\S+)", self.log)
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))

@@ -1,0 +1,245 @@
+"""One request and its answer: identity, deadline, body, headers, is the caller still there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from starlette.types import Message, Receive, Scope, Send
+
+from workers.admission import Abandoned, Job
+from workers.answers import as_json
+from workers.contract import Work
+from workers.errors import ApiError, invalid
+
+WATCH_AFTER = 0.02
+"""Seconds after which one begins to look whether the caller has left: short jobs never pay."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_NOT_A_TOKEN = re.compile(r"[^A-Za-z0-9_-]")
+
+
+class Exchange:
+    """Wraps ASGI's receive and send, and remembers what the log and the metrics want to know."""
+
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, *, worker_id: str, timeout: float
+    ) -> None:
+        self.began = time.perf_counter()
+        self.arrived = time.monotonic()
+        self.scope = scope
+        self.receive = receive
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.timeout = timeout
+        self.headers = dict(scope["headers"])
+        self.id = self._identity()
+        self.status: int | None = None
+        """The status that was sent; None when nothing was."""
+        self.cut: int | None = None
+        """The status that would have been sent, had the stream not begun."""
+        self.first_byte: float | None = None
+        """Seconds from arrival to the first byte of the body."""
+        self.job: Job | None = None
+        self.audio_seconds: float | None = None
+        self.streamed = False
+        self.dropped: Abandoned | None = None
+        self.error_event: Callable[[dict[str, Any]], bytes] | None = None
+        """How an error is written into the stream that has begun, if it can be."""
+        self.left = False
+        self.complete = False
+        self._send = send
+        self._own = [
+            (b"x-request-id", self.id.encode()),
+            (b"x-worker-id", worker_id.encode()),
+        ]
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def header(self, name: bytes) -> str:
+        """Empty when the request lacks it."""
+        return str(self.headers.get(name, b"").decode("latin-1"))
+
+    @property
+    def content_type(self) -> str:
+        return self.header(b"content-type").partition(";")[0].strip().lower()
+
+    def work(self) -> Work:
+        """The work of this request, with its deadline. Raises ApiError for a wrong header."""
+        timeout = self.timeout
+        asked = self.header(b"x-request-timeout")
+        if asked:
+            try:
+                seconds = float(asked)
+            except ValueError:
+                seconds = math.nan
+            if not (math.isfinite(seconds) and seconds > 0):
+                raise invalid(
+                    f"X-Request-Timeout is {asked[:40]!r}; a number of seconds above 0 is needed.",
+                    "X-Request-Timeout",
+                )
+            timeout = min(timeout, seconds)
+        return Work(self.arrived + timeout)
+
+    async def read_body(self, limit: int) -> bytes:
+        """Raises ApiError 413 beyond ``limit`` bytes, 408 when it does not arrive in time."""
+        length = self.header(b"content-length")
+        if length.isdigit() and int(length) > limit:
+            raise _too_large(limit)
+        message = await self.receive()
+        if message["type"] == "http.request" and not message.get("more_body"):
+            return _bounded(bytes(message.get("body", b"")), limit)
+        try:
+            async with asyncio.timeout(self.timeout):
+                return await self._rest(message, limit)
+        except TimeoutError:
+            raise ApiError(
+                408, f"The body did not arrive within {self.timeout:g} s.", code="timeout"
+            ) from None
+
+    async def _rest(self, message: Message, limit: int) -> bytes:
+        body = bytearray()
+        while True:
+            if message["type"] == "http.disconnect":
+                self.left = True
+                raise ApiError(499, "The caller left.", code="caller_left")
+            body += message.get("body", b"")
+            if len(body) > limit:
+                raise _too_large(limit)
+            if not message.get("more_body"):
+                return bytes(body)
+            message = await self.receive()
+
+    @contextlib.contextmanager
+    def watching(self, job: Job) -> Iterator[None]:
+        """Drop ``job`` when the caller leaves. Costs a task only for jobs that take a while."""
+        self.job = job
+        tasks: list[asyncio.Task[None]] = []
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(
+            WATCH_AFTER, lambda: tasks.append(loop.create_task(self._watch(job)))
+        )
+        try:
+            yield
+        except asyncio.CancelledError:
+            job.leave()
+            raise
+        finally:
+            timer.cancel()
+            for task in tasks:
+                task.cancel()
+
+    async def _watch(self, job: Job) -> None:
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+        if not self.complete:
+            self.left = True
+            job.leave()
+
+    async def send(self, message: Message) -> None:
+        """ASGI's send, with this worker's headers, for whoever answers below."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {**message, "headers": [*message.get("headers", ()), *self._own]}
+        else:
+            if self.first_byte is None and message.get("body"):
+                self.first_byte = self.seconds
+            self.complete = not message.get("more_body")
+        await self._send(message)
+
+    async def answer(
+        self, status: int, body: bytes, content_type: str, headers: dict[str, str] | None = None
+    ) -> None:
+        """One whole answer."""
+        await self._start(
+            status, content_type, {"content-length": str(len(body)), **(headers or {})}
+        )
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def fail(self, error: ApiError) -> None:
+        """Answer with ``error``; when the answer has already begun, cut it off.
+
+        A cut answer is not ended properly, so its caller sees that something is missing; a stream
+        of events ends with the error as its last one.
+        """
+        if self.status is not None:
+            self.cut = error.status
+            if self.error_event is not None:
+                await self.send_chunk(self.error_event(error.body()))
+                await self.end_stream()
+            return
+        await self.answer(error.status, as_json(error.body()), "application/json", error.headers)
+
+    async def start_stream(self, content_type: str, headers: dict[str, str] | None = None) -> None:
+        self.streamed = True
+        await self._start(
+            200,
+            content_type,
+            {"x-accel-buffering": "no", "cache-control": "no-cache", **(headers or {})},
+        )
+
+    async def send_chunk(self, body: bytes) -> None:
+        if body:
+            await self.send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end_stream(self) -> None:
+        await self.send({"type": "http.response.body", "body": b""})
+
+    async def _start(self, status: int, content_type: str, headers: dict[str, str]) -> None:
+        pairs = [(b"content-type", content_type.encode("latin-1"))]
+        pairs += [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        pairs += self._timings()
+        await self.send({"type": "http.response.start", "status": status, "headers": pairs})
+
+    def _timings(self) -> list[tuple[bytes, bytes]]:
+        job = self.job
+        if job is None:
+            return []
+        queue = f"{1000 * job.queue_seconds:.3f}".encode()
+        pairs = [(b"x-queue-time-ms", queue)]
+        stages = [b"queue;dur=" + queue]
+        if not self.streamed and job.ended is not None:
+            pairs.append((b"x-inference-time-ms", b"%.3f" % (1000 * job.service_seconds)))
+            for name, seconds in job.work.stages.items():
+                token = _NOT_A_TOKEN.sub("_", name).encode()
+                stages.append(b"%b;dur=%.3f" % (token, 1000 * seconds))
+        return [*pairs, (b"server-timing", b", ".join(stages))]
+
+    def _identity(self) -> str:
+        given = self.header(b"x-request-id")
+        return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def parse_json(body: bytes) -> Any:
+    """Raises ApiError 400. NaN and Infinity are no JSON."""
+    try:
+        return json.loads(body, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise invalid("The body is nested too deeply.") from None
+    except ValueError as error:
+        raise invalid(f"The body is not JSON: {error}.") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _bounded(body: bytes, limit: int) -> bytes:
+    if len(body) > limit:
+        raise _too_large(limit)
+    return body
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(
+        413, f"The body is larger than the limit of {limit} bytes.", code="body_too_large"
+    )

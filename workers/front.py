@@ -1,0 +1,123 @@
+"""The outermost layer: gives every request its exchange, and writes down what became of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from workers.admission import Abandoned, CallerLeft, Closed, DeadlinePassed, Refused
+from workers.contract import Cancelled, InvalidRequest
+from workers.errors import ApiError, invalid
+from workers.exchange import Exchange
+from workers.failures import ModelFailed
+from workers.logs import log, request_line
+from workers.worker import Worker
+
+_GRACE = 5.0
+"""Seconds for which a lost worker's callers wait for its end, which has others answer them."""
+
+
+class Front:
+    """Pure ASGI. The exchange lies in the scope under ``exchange``."""
+
+    def __init__(self, app: ASGIApp, worker: Worker) -> None:
+        self._app = app
+        self._worker = worker
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"only http is served here, not {scope['type']}")
+        exchange = Exchange(
+            scope,
+            receive,
+            send,
+            worker_id=self._worker.id,
+            timeout=self._worker.spec.request_timeout,
+        )
+        scope["exchange"] = exchange
+        await self._app(scope, receive, exchange.send)
+
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+class ModelRoute:
+    """An endpoint whose answer comes from the model. Every way to fail becomes an answer."""
+
+    def __init__(self, worker: Worker, handler: Handler) -> None:
+        self._worker = worker
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange: Exchange = scope["exchange"]
+        try:
+            await self._handled(exchange)
+        except CallerLeft as left:
+            exchange.left = True
+            exchange.dropped = left
+        finally:
+            self._worker.metrics.ended(exchange)
+            request_line(exchange)
+
+    async def _handled(self, exchange: Exchange) -> None:
+        try:
+            await self._handler(exchange)
+        except CallerLeft:
+            raise
+        except (
+            ApiError,
+            InvalidRequest,
+            Cancelled,
+            Abandoned,
+            Refused,
+            Closed,
+            ModelFailed,
+        ) as error:
+            if isinstance(error, Closed):
+                await asyncio.sleep(_GRACE)
+            if exchange.left:
+                return
+            await exchange.fail(self._answer_to(error, exchange))
+
+    def _answer_to(self, error: Exception, exchange: Exchange) -> ApiError:
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, InvalidRequest):
+            return invalid(str(error))
+        if isinstance(error, Refused):
+            self._worker.metrics.rejected("line_full")
+            return ApiError(
+                429,
+                f"The worker is busy and its line of {self._worker.line.limit} is full; "
+                f"retry after {error.retry_after} s.",
+                code="line_full",
+                headers={"retry-after": str(error.retry_after)},
+            )
+        if isinstance(error, Closed):
+            self._worker.metrics.rejected("closed")
+            return ApiError(
+                503, "The worker is ending.", code="worker_ending", headers={"retry-after": "1"}
+            )
+        if isinstance(error, ModelFailed):
+            return self._failure(error, exchange)
+        if isinstance(error, Abandoned):
+            exchange.dropped = error
+        else:  # the model, or the device thread, saw the deadline before the event loop did
+            stage = exchange.job.stage if exchange.job is not None else "waiting"
+            exchange.dropped = DeadlinePassed(stage)
+        return ApiError(
+            504,
+            f"The deadline passed while the request was {exchange.dropped.stage}.",
+            code="deadline_passed",
+            headers={"x-should-retry": "false"},
+        )
+
+    def _failure(self, error: ModelFailed, exchange: Exchange) -> ApiError:
+        log.error("the model failed id=%s %s", exchange.id, error.trace)
+        return ApiError(
+            500,
+            f"The model failed: {error.kind}. The worker's log has more, under {exchange.id}.",
+            code="model_failed",
+        )

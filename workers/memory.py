@@ -1,0 +1,11 @@
+"""This process's memory."""
+
+from __future__ import annotations
+
+import psutil
+
+_PROCESS = psutil.Process()
+
+
+def resident_bytes() -> int:
+    return int(_PROCESS.memory_info().rss)

@@ -1,0 +1,100 @@
+"""One worker process: reserve the port, load, warm up, listen, drain, end.
+
+Exit codes: 0 drained, 1 port taken or device lost, 3 could not load; anything else is a crash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from workers import logs
+from workers.admission import Line
+from workers.app import build_app
+from workers.errors import LoadError
+from workers.logs import log
+from workers.metrics import Metrics
+from workers.served import load
+from workers.server import PortTaken, Server, reserve
+from workers.spec import read_spec
+from workers.worker import Worker
+
+EXIT_FAILED = 1
+EXIT_CANNOT_LOAD = 3
+EXIT_INTERRUPTED = 130
+
+_END_PATIENCE = 5.0
+"""Seconds after the drain in which a model's threads and exit handlers may end."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code. Ends the process itself where a stuck thread would keep it."""
+    options = _options(arguments)
+    logs.set_up(options.id)
+    try:
+        return _serve(options)
+    except LoadError as error:
+        log.error("cannot load: %s", error)
+        return _end(EXIT_CANNOT_LOAD)
+    except PortTaken as error:
+        log.error("cannot listen: %s", error)
+        return _end(EXIT_FAILED)
+    except KeyboardInterrupt:
+        log.error("interrupted while loading")
+        return _end(EXIT_INTERRUPTED)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    spec = read_spec(options.spec)
+    if spec.cache_dir is not None:
+        os.environ.setdefault("GPUFARM_CACHE_DIR", str(spec.cache_dir))
+    reserved = reserve(options.host, options.port)
+    device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+    began = time.perf_counter()
+    served = load(spec, options.device, device_thread)
+    first_report = device_thread.submit(served.health).result()
+    line = Line(device_thread, spec.line)
+    metrics = Metrics(options.id, spec.name, line)
+    for phase, seconds in served.startup_seconds.items():
+        metrics.started(phase, seconds)
+    encoder_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+    worker = Worker(options.id, spec, served, device_thread, encoder_thread, line, metrics)
+    log.info(
+        "loaded %s device=%s seconds=%.2f", spec.target, options.device, time.perf_counter() - began
+    )
+    Server(build_app(worker, first_report), worker).listen(reserved)
+    return _drained(line)
+
+
+def _drained(line: Line) -> int:
+    """Every caller has been answered. A call that nobody waits for any more gets a moment."""
+    deadline = time.monotonic() + _END_PATIENCE
+    while line.running and time.monotonic() < deadline:
+        time.sleep(0.02)
+    log.info("drained served=%d", line.served)
+    return _end(0)
+
+
+def _end(code: int) -> int:
+    """Let the interpreter end, but not wait for ever for what a model left behind."""
+    guard = threading.Timer(_END_PATIENCE, os._exit, (code,))
+    guard.daemon = True
+    guard.start()
+    return code
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -P -m workers", description="Serve one model on one device, one at a time."
+    )
+    parser.add_argument("--spec", type=Path, required=True, help="JSON file: what to serve")
+    parser.add_argument("--id", required=True, help="name of this worker, as w1")
+    parser.add_argument("--port", type=int, required=True, help="TCP port; 0 takes a free one")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--device", default="cpu", help="what setup() gets: cuda:0 or cpu")
+    return parser.parse_args(arguments)

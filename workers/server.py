@@ -1,0 +1,120 @@
+"""The HTTP server: listens when the model is warm, drains on a signal, and ends with 0 then."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import math
+import os
+import socket
+from collections.abc import Generator
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from workers.logs import log
+from workers.worker import Worker
+
+KEEP_ALIVE = 90
+"""Seconds an idle connection stays open: longer than nginx keeps it, which then never meets a
+connection that is just being closed."""
+
+DRAIN_GRACE = 5.0
+"""Seconds a drain may take beyond the longest request."""
+
+_ANSWER_GRACE = 0.25
+"""Seconds in which the answer of the request that lost the device leaves."""
+
+
+class PortTaken(Exception):
+    """One line that names the address and the remedy."""
+
+
+def reserve(host: str, port: int) -> socket.socket:
+    """Bind, but do not listen: the port is ours, and still refuses connections.
+
+    Raises PortTaken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    reserved = socket.socket(family, socket.SOCK_STREAM)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        reserved.bind((host, port))
+    except OSError as error:
+        reserved.close()
+        raise _taken(host, port, error) from None
+    return reserved
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which after a drain does not end itself by the signal it drained for."""
+
+    def __init__(self, app: ASGIApp, worker: Worker) -> None:
+        timeout = worker.spec.request_timeout + DRAIN_GRACE
+        super().__init__(
+            uvicorn.Config(
+                app,
+                loop="uvloop",
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=KEEP_ALIVE,
+                timeout_graceful_shutdown=math.ceil(timeout),
+            )
+        )
+        self._worker = worker
+        worker.line.on_sticky = self._end_at_once
+
+    def listen(self, reserved: socket.socket) -> None:
+        """Serve until drained. Raises PortTaken when another listens there by now."""
+        host, port = reserved.getsockname()[:2]
+        try:
+            reserved.listen(self.config.backlog)
+        except OSError as error:
+            raise _taken(host, port, error) from None
+        with contextlib.suppress(asyncio.CancelledError):
+            self.run(sockets=[reserved])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert sockets is not None
+        host, port = sockets[0].getsockname()[:2]
+        log.info("ready url=http://%s:%d pid=%d", host, port, os.getpid())
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            os._exit(128 + sig)
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        self._captured_signals.clear()
+        with super().capture_signals():
+            yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        line = self._worker.line
+        self._worker.draining = True
+        log.info("draining running=%d waiting=%d", line.running, line.waiting)
+        await super().shutdown(sockets)
+
+    def _end_at_once(self) -> None:
+        """The device is lost to this process: whoever waits is better served by another."""
+        log.critical("the device is lost to this process; ending with 1")
+        for server in self.servers:
+            server.close()
+        asyncio.get_running_loop().call_later(_ANSWER_GRACE, os._exit, 1)
+
+
+def _taken(host: str, port: int, error: OSError) -> PortTaken:
+    if error.errno == errno.EADDRINUSE:
+        return PortTaken(
+            f"port {port} on {host} is in use; end what listens there, or choose another --port"
+        )
+    return PortTaken(f"cannot listen on {host}:{port}: {error.strerror}; correct --host or --port")

@@ -1,0 +1,125 @@
+"""What one worker is to serve: the JSON file that its launcher wrote, checked key by key."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from workers.errors import LoadError
+
+DEFAULT_NAME = "default"
+"""The name that always reaches the model, and its first voice, whatever they are called."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Sizes are bytes, times are seconds, texts are counted in characters."""
+
+    target: str
+    args: dict[str, Any] = field(default_factory=dict)
+    name: str = "model"
+    aliases: tuple[str, ...] = ()
+    path: tuple[Path, ...] = ()
+    line: int = 8
+    request_timeout: float = 60.0
+    body_limit: int = 64 * 1024 * 1024
+    input_limit: int = 16384
+    cache_dir: Path | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Every name that callers may write for the model, its own first."""
+        return list(dict.fromkeys((self.name, *self.aliases, DEFAULT_NAME)))
+
+
+_MODEL_KEYS = ("target", "args", "name", "aliases")
+_KEYS = ("model", "path", "line", "request_timeout", "body_limit", "input_limit", "cache_dir")
+
+
+def read_spec(file: Path) -> Spec:
+    """Raises LoadError with one line that names the file, the key, the value and the remedy."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise LoadError(f"spec {file}: {error.strerror}; give --spec a readable file") from None
+    except UnicodeDecodeError:
+        raise LoadError(f"spec {file}: not UTF-8 text; it has to be a JSON file") from None
+    try:
+        return parse_spec(json.loads(text))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise LoadError(f"spec {file}: not JSON ({error}); correct it there") from None
+    except LoadError as error:
+        raise LoadError(f"spec {file}: {error}") from None
+
+
+def parse_spec(document: Any) -> Spec:
+    """Raises LoadError naming the key."""
+    top = _table(document, "the document", _KEYS)
+    model = _table(top.get("model", {}), "model", _MODEL_KEYS)
+    if "target" not in model:
+        raise LoadError('model.target is missing; name a class, as "package.module:Class"')
+    cache = top.get("cache_dir")
+    return Spec(
+        target=_text(model["target"], "model.target"),
+        args=_arguments(model.get("args", {})),
+        name=_text(model.get("name", Spec.name), "model.name"),
+        aliases=tuple(_texts(model.get("aliases", []), "model.aliases")),
+        path=tuple(Path(folder) for folder in _texts(top.get("path", []), "path")),
+        line=_whole(top.get("line", Spec.line), "line", least=0),
+        request_timeout=_seconds(
+            top.get("request_timeout", Spec.request_timeout), "request_timeout"
+        ),
+        body_limit=_whole(top.get("body_limit", Spec.body_limit), "body_limit", least=1),
+        input_limit=_whole(top.get("input_limit", Spec.input_limit), "input_limit", least=1),
+        cache_dir=None if cache is None else Path(_text(cache, "cache_dir")),
+    )
+
+
+def _table(value: Any, where: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise LoadError(f"{where} is {_shown(value)}; a JSON object is needed")
+    for key in value:
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, n=1)
+            hint = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(keys)}"
+            raise LoadError(f'unknown key "{key}" in {where}; {hint}')
+    return value
+
+
+def _arguments(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise LoadError(f"model.args is {_shown(value)}; an object of keyword arguments is needed")
+    return value
+
+
+def _text(value: Any, key: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise LoadError(f"{key} is {_shown(value)}; a text that is not empty is needed")
+    return value
+
+
+def _texts(value: Any, key: str) -> list[str]:
+    if not isinstance(value, list):
+        raise LoadError(f"{key} is {_shown(value)}; a list of texts is needed")
+    return [_text(item, f"{key}[{index}]") for index, item in enumerate(value)]
+
+
+def _whole(value: Any, key: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise LoadError(f"{key} is {_shown(value)}; a whole number of at least {least} is needed")
+    return value
+
+
+def _seconds(value: Any, key: str) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise LoadError(f"{key} is {_shown(value)}; a number of seconds above 0 is needed")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:80]

@@ -1,0 +1,29 @@
+"""What all routes of one worker share."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+from workers.admission import Line
+from workers.metrics import Metrics
+from workers.served import Served
+from workers.spec import Spec
+
+
+@dataclass
+class Worker:
+    """One process with one model, one port, and one thread for its device."""
+
+    id: str
+    spec: Spec
+    served: Served
+    device_thread: Executor
+    encoder_thread: Executor
+    """Where audio is compressed, so that neither the device nor the event loop waits for it."""
+    line: Line
+    metrics: Metrics
+    draining: bool = False
+    started: float = field(default_factory=time.time)
+    """Unix time."""
