@@ -92,8 +92,7 @@ class ModelSettings(_Section):
     )
     args: dict[str, Any] = Field(default={}, description="a table of keyword arguments")
     aliases: tuple[str, ...] = Field(default=(), description='a list of names such as ["tts-1"]')
-    ready_url: AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
-UrlPath = Field(default="/", description='a path such as "/health"')
+    ready_url: UrlPath = Field(default="/", description='a path such as "/health"')
     environment: dict[str, str] = Field(default={}, description="a table of texts")
 
     @model_validator(mode="before")
@@ -144,7 +143,9 @@ class WorkersSettings(_Section):
     load_timeout: Seconds = Field(
         default=600.0, gt=0, allow_inf_nan=False, description="seconds above 0"
     )
-    path: tuple[AbsolutePath, ...] = Field(default=(), description='a list of folders such as ["models"]')
+    path: tuple[AbsolutePath, ...] = Field(
+        default=(), description='a list of folders such as ["models"]'
+    )
 
 
 class ProbeRequest(_Section):
@@ -155,8 +156,7 @@ class ProbeRequest(_Section):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    path: AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
-UrlPath = Field(description='a path such as "/predict"')
+    path: UrlPath = Field(description='a path such as "/predict"')
     body: Any = Field(default=None, alias="json", description="the JSON to send")
     body_file: AbsolutePath | None = Field(default=None, description="a file to send")
     content_type: str = Field(default="", description='such as "audio/wav"')
