@@ -1,0 +1,391 @@
+"""The controller: what is wanted, what is seen, and the next step, again and again.
+
+``python -m launcher.controller --state DIR``, run by the supervisor. It may die at any time:
+requests do not pass through it, and what it remembers lies in a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from launcher import farm as farms
+from launcher.farm import Farm
+from launcher.observe import Observer
+from launcher.reconcile import (
+    Action,
+    Desired,
+    Memory,
+    Place,
+    Record,
+    Roll,
+    Seen,
+    decide,
+    settled,
+    wanted,
+)
+from launcher.rotate import rotate_balancer_logs
+from launcher.state import StateDir, StateError, read_json, write_json
+from launcher.supervisor import Supervisor, SupervisorError
+
+T = TypeVar("T")
+log = logging.getLogger("controller")
+
+BUSY_INTERVAL = 0.2
+CALM_INTERVAL = 1.0
+"""Seconds between two looks, while something is under way and otherwise."""
+BUSY_AFTER_EVENT = 3.0
+ROTATE_INTERVAL = 15.0
+
+
+class RefusedError(Exception):
+    """What was asked for cannot be done; ``status`` is the HTTP status that says so."""
+
+    def __init__(self, message: str, status: int = 409) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Store:
+    """What survives the controller: wishes and memory, in one file."""
+
+    state: StateDir
+
+    def read(self, farm: Farm) -> tuple[Desired, Memory]:
+        data = read_json(self.state.desired_file)
+        if not isinstance(data, dict):
+            return Desired(farm.plan.count), Memory()
+        try:
+            memory = data["memory"]
+            roll = memory["roll"]
+            return (
+                Desired(int(data["count"]), frozenset(data["drained"])),
+                Memory(
+                    records={name: Record(**record) for name, record in memory["records"].items()},
+                    roll=Roll(
+                        tuple((name, int(pid)) for name, pid in roll["pending"]),
+                        roll["extra"],
+                        roll["error"],
+                    ),
+                    replaced=memory["replaced"],
+                ),
+            )
+        except (KeyError, TypeError, ValueError):
+            # Written by another version: the count is what matters, the rest is seen again.
+            return Desired(int(data.get("count", farm.plan.count))), Memory()
+
+    def write(self, desired: Desired, memory: Memory) -> None:
+        data = {
+            "count": desired.count,
+            "drained": sorted(desired.drained),
+            "memory": asdict(memory),
+        }
+        write_json(self.state.desired_file, data)
+
+
+class Controller:
+    """Holds one farm to what is wanted of it. Building one does nothing; ``run`` does."""
+
+    def __init__(self, farm: Farm, supervisor: Supervisor) -> None:
+        self.farm = farm
+        self.store = Store(farm.state)
+        self.desired, self.memory = self.store.read(farm)
+        self.seen: dict[str, Seen] = {}
+        self.problem = ""
+        """Why nothing can be done at the moment; empty when all is well."""
+        self._supervisor = supervisor
+        self._observer = Observer(farm, supervisor)
+        self._wake = asyncio.Event()
+        self._busy_until = 0.0
+        self._watched: dict[int, int] = {}
+        """pid → pidfd"""
+        self._lock = asyncio.Lock()
+        """Held around supervisord's connection and around every change of mind."""
+        self._stored: tuple[Desired, Memory] | None = None
+
+    @property
+    def places(self) -> list[Place]:
+        return [Place(slot.id, slot.device_id) for slot in self.farm.plan.slots]
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return wanted(self.places, self.desired)
+
+    @property
+    def settled(self) -> bool:
+        return bool(self.seen) and settled(self.places, self.desired, self.memory)
+
+    def ready(self) -> list[str]:
+        return [id_ for id_, record in self.memory.records.items() if record.state == "ready"]
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        rotated = time.monotonic()
+        while True:
+            self._wake.clear()
+            await self._guarded(self.step)
+            if time.monotonic() - rotated > ROTATE_INTERVAL:
+                rotated = time.monotonic()
+                await self._guarded(lambda: asyncio.to_thread(rotate_balancer_logs, self.farm))
+            busy = not self.settled or time.monotonic() < self._busy_until
+            with suppress(TimeoutError):
+                async with asyncio.timeout(BUSY_INTERVAL if busy else CALM_INTERVAL):
+                    await self._wake.wait()
+
+    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Nothing that goes wrong in one round may end the controller."""
+        try:
+            await work()
+            self._tell("")
+        except (SupervisorError, StateError) as error:
+            self._tell(str(error))
+        except Exception as error:
+            log.exception("a round failed")
+            self._tell(f"{type(error).__name__}: {error}")
+
+    def _tell(self, problem: str) -> None:
+        if problem and problem != self.problem:
+            log.warning("%s", problem)
+        self.problem = problem
+
+    async def step(self) -> None:
+        """Look, decide, act, remember."""
+        async with self._lock:
+            ids = {*self.wanted, self.memory.roll.extra}
+            seen = await asyncio.to_thread(self._observer.look, self.memory, ids)
+            self.seen = {
+                id_: replace(sight, ready=await self._observer.is_ready(id_))
+                if self._may_become_ready(id_, sight)
+                else sight
+                for id_, sight in seen.items()
+            }
+            before = self.memory
+            decision = decide(
+                self.places,
+                self.desired,
+                self.memory,
+                self.seen,
+                now=time.monotonic(),
+                load_timeout=self.farm.settings.workers.load_timeout,
+                spec=self.farm.digest,
+            )
+            self.memory = decision.memory
+            self._log_changes(before)
+            # Remembered before it is done: a controller that dies in between finds the process.
+            await self._remember()
+            for action in decision.actions:
+                await asyncio.to_thread(self._act, action)
+            self._watch()
+
+    def _may_become_ready(self, id_: str, sight: Seen) -> bool:
+        return sight.alive and not sight.stopping and self.memory.of(id_).state != "ready"
+
+    def _act(self, action: Action) -> None:
+        log.info("%s %s", action.do, action.id)
+        do = {
+            "start": self._supervisor.start,
+            "drain": self._supervisor.stop,
+            "kill": self._supervisor.kill,
+        }[action.do]
+        try:
+            do(action.id)
+        except SupervisorError as error:
+            log.warning("%s %s: %s", action.do, action.id, error)
+
+    def _log_changes(self, before: Memory) -> None:
+        for id_, record in self.memory.records.items():
+            if record.state != before.of(id_).state:
+                suffix = f": {record.error}" if record.error else ""
+                log.info("%s is %s%s", id_, record.state, suffix)
+
+    async def _remember(self) -> None:
+        now = (self.desired, self.memory)
+        if now != self._stored:
+            await asyncio.to_thread(self.store.write, *now)
+            self._stored = now
+
+    def _watch(self) -> None:
+        """Wake up at the moment in which a worker ends, rather than at the next look."""
+        pids = {sight.pid for sight in self.seen.values() if sight.alive}
+        loop = asyncio.get_running_loop()
+        for pid in pids - set(self._watched):
+            with suppress(OSError):
+                fd = os.pidfd_open(pid)
+                self._watched[pid] = fd
+                loop.add_reader(fd, self._ended, pid)
+        for pid in set(self._watched) - pids:
+            self._forget(pid)
+
+    def _ended(self, pid: int) -> None:
+        self._forget(pid)
+        self.stir()
+
+    def _forget(self, pid: int) -> None:
+        fd = self._watched.pop(pid, None)
+        if fd is not None:
+            asyncio.get_running_loop().remove_reader(fd)
+            os.close(fd)
+
+    def stir(self) -> None:
+        """Look again now, and often for a while."""
+        self._busy_until = time.monotonic() + BUSY_AFTER_EVENT
+        self._wake.set()
+
+    async def scale(self, count: int) -> tuple[str, ...]:
+        """Want ``count`` workers. Returns warnings; raises RefusedError with the numbers."""
+        if refusal := self.farm.plan.refusal_for(count):
+            raise RefusedError(refusal)
+        usable = self.farm.plan.capacity - len(self.desired.drained)
+        if count > usable:
+            names = ", ".join(sorted(self.desired.drained))
+            raise RefusedError(
+                f"{count} workers do not fit: {usable} of {self.farm.plan.capacity} slots may be "
+                f"used, {names} drained; refill with `gpufarm restart {names.split(', ')[0]}`"
+            )
+        async with self._lock:
+            self._forgive(wanted(self.places, replace(self.desired, count=count)))
+            await self._want(replace(self.desired, count=count))
+        return self.farm.plan.warnings_for(count)
+
+    async def drain(self, id_: str) -> None:
+        """Empty a slot and keep it empty."""
+        self._check(id_)
+        async with self._lock:
+            fewer = id_ in self.wanted
+            await self._want(
+                Desired(self.desired.count - fewer, self.desired.drained | {id_}),
+            )
+
+    async def restart(self, ids: tuple[str, ...] = ()) -> None:
+        """Replace workers in turn, all of them where none is named; refill drained slots."""
+        for id_ in ids:
+            self._check(id_)
+        async with self._lock:
+            refilled = self.desired.drained & set(ids)
+            count = min(self.desired.count + len(refilled), self.farm.plan.capacity)
+            desired = Desired(count, self.desired.drained - refilled)
+            chosen = ids or wanted(self.places, desired)
+            self._forgive(chosen)
+            self._roll(chosen)
+            await self._want(desired)
+
+    async def reload(self) -> None:
+        """Take over what `up` has written: another plan, another configuration."""
+        fresh = await asyncio.to_thread(farms.load, self.farm.state)
+        if fresh is None:
+            raise RefusedError("there is no farm on disk; run `gpufarm up`")
+        async with self._lock:
+            self.farm = self._observer.farm = fresh
+            ids = {slot.id for slot in fresh.plan.slots}
+            desired = Desired(
+                min(self.desired.count, len(ids)), self.desired.drained & frozenset(ids)
+            )
+            self._forgive(wanted(self.places, desired))
+            old = [
+                id_
+                for id_ in wanted(self.places, desired)
+                if self.memory.of(id_).spec not in ("", fresh.digest)
+            ]
+            self._roll(tuple(old))
+            await self._want(desired)
+
+    def _check(self, id_: str) -> None:
+        ids = [place.id for place in self.places]
+        if id_ not in ids:
+            raise RefusedError(f"there is no worker {id_}; there is: {', '.join(ids)}", status=404)
+
+    def _forgive(self, ids: tuple[str, ...]) -> None:
+        """Somebody asked again, so what was given up is tried again."""
+        for id_ in ids:
+            record = self.memory.of(id_)
+            if record.state == "failed":
+                fresh = replace(record, state="stopped", crashes=0, retry_at=0.0, error="")
+                self.memory = self.memory.with_record(id_, fresh)
+
+    def _roll(self, ids: tuple[str, ...]) -> None:
+        pending = dict(self.memory.roll.pending)
+        for id_ in ids:
+            if pid := self.memory.of(id_).pid:
+                pending[id_] = pid
+        roll = Roll(tuple(pending.items()), self.memory.roll.extra)
+        self.memory = replace(self.memory, roll=roll)
+
+    async def _want(self, desired: Desired) -> None:
+        self.desired = desired
+        await self._remember()
+        self.stir()
+
+
+async def serve(farm: Farm) -> None:
+    """Run the controller and its admin interface until SIGTERM."""
+    from launcher.admin import AdminServer  # noqa: PLC0415 - starlette, needed here alone
+
+    controller = Controller(farm, Supervisor(farm.socket))
+    loop = asyncio.create_task(controller.run())
+    try:
+        await AdminServer(controller).serve()
+    finally:
+        loop.cancel()
+        with suppress(asyncio.CancelledError):
+            await loop
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="launcher.controller", description=__doc__)
+    parser.add_argument("--state", type=Path, required=True)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    farm = farms.load(StateDir(options.state))
+    if farm is None:
+        parser.exit(1, f"no farm is recorded in {options.state}; run `gpufarm up`\n")
+    asyncio.run(serve(farm))
+
+
+def view(controller: Controller) -> dict[str, Any]:
+    """``GET /workers`` but for what has to be measured: the wanted slots and whatever runs."""
+    plan, memory = controller.farm.plan, controller.memory
+    workers = []
+    for slot in plan.slots:
+        record = memory.of(slot.id)
+        drained = slot.id in controller.desired.drained
+        if not (slot.id in controller.wanted or record.state != "stopped" or drained):
+            continue
+        workers.append(
+            {
+                "id": slot.id,
+                "pid": record.pid or None,
+                "port": slot.port,
+                "device": slot.device_id,
+                "state": record.state,
+                "drained": drained,
+                "restarts": record.restarts,
+                "ready_seconds": record.ready_seconds,
+                "error": record.error or None,
+                "current": record.spec in ("", controller.farm.digest),
+            }
+        )
+    return {
+        "url": controller.farm.url,
+        "count": controller.desired.count,
+        "capacity": plan.capacity,
+        "settled": controller.settled,
+        "problem": controller.problem or None,
+        "restart": {
+            "pending": [id_ for id_, _ in memory.roll.pending],
+            "error": memory.roll.error or None,
+        },
+        "workers": workers,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Looking at the slots: supervisord's word, the ports, what a dead worker left behind."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from launcher import orphans, ports
+from launcher.farm import Farm
+from launcher.inventory import Device
+from launcher.nvml import Driver
+from launcher.probe import READY_BELOW, NoAnswerError, get
+from launcher.reconcile import Memory, Seen
+from launcher.supervisor import LOGS, ProcessInfo, Supervisor
+
+PROBE_SECONDS = 2.0
+MEMORY_SECONDS = 30.0
+"""How long a replacement waits for device memory that does not return: somebody else took it."""
+LOG_TAIL = 4096
+LONGEST_WORDS = 300
+
+
+class Observer:
+    """The controller's eyes. ``look`` blocks: call it in a thread."""
+
+    def __init__(self, farm: Farm, supervisor: Supervisor) -> None:
+        self.farm = farm
+        self._supervisor = supervisor
+        self._clear: set[str] = set()
+        """Empty slots known to be free of what was there before."""
+        self._gone_since: dict[str, float] = {}
+        self._last_pid: dict[str, int] = {}
+
+    def look(self, memory: Memory, wanted: Collection[str]) -> dict[str, Seen]:
+        """Every slot but for its readiness. Raises SupervisorError."""
+        infos = self._supervisor.processes()
+        return {
+            slot.id: self._slot(slot.id, slot.port, infos[slot.id], memory, slot.id in wanted)
+            for slot in self.farm.plan.slots
+        }
+
+    def _slot(self, id_: str, port: int, info: ProcessInfo, memory: Memory, wanted: bool) -> Seen:
+        if info.alive:
+            self._clear.discard(id_)
+            self._gone_since.pop(id_, None)
+            self._last_pid[id_] = info.pid
+            return Seen(alive=True, stopping=info.stopping, pid=info.pid)
+        record = memory.of(id_)
+        resting = record.state in ("stopped", "failed")
+        may_start = wanted and record.state == "stopped"
+        clear = self._is_clear(id_) if may_start else True
+        taken = clear and may_start and not ports.is_free(port)
+        return Seen(
+            exit_code=info.exit_code if info.started else None,
+            clear=clear,
+            taken_by=listener_of(port) if taken else "",
+            last_words="" if resting else last_line(self.farm.state.path / LOGS / f"{id_}.log"),
+        )
+
+    def _is_clear(self, id_: str) -> bool:
+        """Whether nothing is left of the slot's last worker; ends what is."""
+        if id_ in self._clear:
+            return True
+        since = self._gone_since.setdefault(id_, time.monotonic())
+        left = orphans.children_of(self.farm.socket, id_)
+        orphans.kill(left)
+        slot = next(slot for slot in self.farm.plan.slots if slot.id == id_)
+        device = self.farm.plan.device_of(slot)
+        waited = time.monotonic() - since
+        if device.is_gpu and waited < MEMORY_SECONDS and not self._memory_is_back(id_, device):
+            return False
+        self._clear.add(id_)
+        return True
+
+    def _memory_is_back(self, id_: str, device: Device) -> bool:
+        driver = Driver.open()
+        if driver is None:
+            return True
+        with driver:
+            try:
+                tenants = {tenant.pid for tenant in driver.tenants(device.id)}
+                free = driver.free(device.id)
+            except LookupError:
+                return True
+        return self._last_pid.get(id_) not in tenants and free >= self.farm.plan.footprint.peak
+
+    async def is_ready(self, id_: str) -> bool:
+        """Whether the slot's worker answers its readiness path."""
+        slot = next(slot for slot in self.farm.plan.slots if slot.id == id_)
+        model = self.farm.settings.model
+        path = model.ready_url if self.farm.foreign else "/readyz"
+        try:
+            status, _ = await get(slot.port, path, PROBE_SECONDS)
+        except NoAnswerError:
+            return False
+        # A server that was given no path need not have a page at "/": that it answers is enough.
+        any_page = self.farm.foreign and path == "/" and status < 500
+        return status < READY_BELOW or any_page
+
+
+def listener_of(port: int) -> str:
+    """Who listens on a port, for an error message."""
+    with suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            mine = connection.laddr and connection.laddr.port == port
+            if mine and connection.status == psutil.CONN_LISTEN and connection.pid:
+                name = psutil.Process(connection.pid).name()
+                return f"pid {connection.pid} ({name}), port {port}"
+    return f"another process, port {port}"
+
+
+def last_line(log: Path) -> str:
+    """The last line that a process wrote; empty where there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - LOG_TAIL))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip()[:LONGEST_WORDS] for line in reversed(lines) if line.strip()), "")
+
+
+def tree_memory(pid: int) -> int:
+    """Proportional RAM (PSS) of a process and its descendants, in bytes; 0 when it has gone."""
+    total = 0
+    with suppress(psutil.Error):
+        root = psutil.Process(pid)
+        for process in [root, *root.children(recursive=True)]:
+            with suppress(psutil.Error):
+                total += process.memory_full_info().pss
+    return total
+
+
+def device_memory(farm: Farm, pids: dict[str, int]) -> dict[str, int]:
+    """Bytes held by each slot's worker: on its GPU as the driver tells, else in RAM."""
+    held = {}
+    driver = Driver.open() if any(plan.device.is_gpu for plan in farm.plan.devices) else None
+    for slot in farm.plan.slots:
+        if not (pid := pids.get(slot.id)):
+            continue
+        device = farm.plan.device_of(slot)
+        if driver is None or not device.is_gpu:
+            held[slot.id] = tree_memory(pid)
+            continue
+        family = {pid}
+        with suppress(psutil.Error):
+            family |= {child.pid for child in psutil.Process(pid).children(recursive=True)}
+        tenants = driver.tenants(device.id)
+        held[slot.id] = sum(t.bytes or 0 for t in tenants if t.pid in family)
+    if driver is not None:
+        driver.close()
+    return held
