@@ -1,0 +1,186 @@
+"""The state directory: private, atomic, locked; sockets on short paths."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.sources import ConfigError
+from launcher.state import LockedError, StateDir, StateError, read_json, write_json
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[StateDir]:
+    # pytest's own folders are too long for a socket.
+    with tempfile.TemporaryDirectory(prefix="run-", dir="/tmp") as runtime:
+        made = StateDir(tmp_path / "state", {"XDG_RUNTIME_DIR": runtime}).create()
+        yield made
+        made.remove_runtime()
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_it_belongs_to_its_user_alone(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir(mode=0o755)
+    made = StateDir(tmp_path / "open").create()
+    assert mode(made.path) == mode(made.logs) == mode(made.cache) == 0o700
+    made.create()  # again is fine
+
+
+def test_a_file_in_its_place_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"state_dir = .*--state-dir"):
+            StateDir(path).create()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(ConfigError, match="cannot be used"):
+        StateDir(tmp_path / "locked" / "state").create()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    write_json(state.desired_file, {"count": 1})
+
+    def full(handle: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StateError, match="the disk is full"):
+        write_json(state.desired_file, {"count": 2})
+    assert read_json(state.desired_file) == {"count": 1}
+    assert [path.name for path in state.path.glob(".*")] == []
+
+
+def test_writing_into_a_missing_folder_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_json(tmp_path / "none" / "x.json", {})
+
+
+def test_a_corrupt_file_is_set_aside_with_one_warning(
+    state: StateDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    state.plan_file.write_text("{half")
+    with caplog.at_level(logging.WARNING):
+        assert read_json(state.plan_file) is None
+        assert read_json(state.plan_file) is None
+    assert len(caplog.records) == 1
+    assert [path.read_text() for path in state.path.glob("plan.json.corrupt-*")] == ["{half"]
+
+
+def test_readers_never_see_half_a_file(state: StateDir) -> None:
+    path = state.desired_file
+    write_json(path, [0] * 2000)
+    seen: list[Any] = []
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            seen.append(len(read_json(path) or []))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(50):
+        write_json(path, [number] * 2000)
+    done.set()
+    reader.join()
+    assert set(seen) == {2000}
+
+
+def test_sockets_get_a_short_private_folder(state: StateDir) -> None:
+    folder = state.runtime()
+    assert mode(folder) == 0o700
+    assert state.runtime() == folder
+    other = StateDir(state.path.with_name("other"), state._environ).create()
+    assert other.runtime() != folder
+    other.remove_runtime()
+    state.remove_runtime()
+    assert not folder.exists()
+    state.remove_runtime()  # nothing there: nothing happens
+
+
+def test_a_later_command_without_the_variable_finds_the_same_folder(state: StateDir) -> None:
+    assert StateDir(state.path, {}).runtime() == state.runtime()
+
+
+@pytest.mark.parametrize("long", ["", "x" * 120])
+def test_without_a_usable_runtime_directory_it_is_in_tmp(tmp_path: Path, long: str) -> None:
+    environ = {"XDG_RUNTIME_DIR": str(tmp_path / long)} if long else {}
+    made = StateDir(tmp_path / "state", environ).create()
+    folder = made.runtime()
+    try:
+        assert folder.parent == Path("/tmp")
+        assert len(os.fsencode(folder / "supervisor.sock.12345678")) <= 104
+    finally:
+        made.remove_runtime()
+
+
+def test_somebody_elses_folder_is_not_used(state: StateDir) -> None:
+    folder = state.runtime()
+    folder.chmod(0o777)
+    elsewhere = state.runtime()
+    assert elsewhere != folder
+    assert elsewhere.parent == Path("/tmp")
+    state.remove_runtime()
+    shutil.rmtree(folder)
+    target = state.path / "target"
+    target.mkdir(mode=0o700)
+    folder.symlink_to(target)
+    assert state.runtime() == elsewhere
+
+
+def test_two_commands_cannot_work_on_one_farm(state: StateDir) -> None:
+    other = StateDir(state.path)
+    with state.lock(), pytest.raises(LockedError, match=f"pid {os.getpid()}"), other.lock():
+        pass
+    with state.lock():
+        pass
+
+
+def test_the_lock_is_waited_for_and_ends_with_its_holder(state: StateDir) -> None:
+    code = (
+        "import sys; from pathlib import Path; from launcher.state import StateDir\n"
+        "with StateDir(Path(sys.argv[1])).lock():\n"
+        "    print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(state.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parent.parent,
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(LockedError, match=f"pid {holder.pid}"), state.lock(wait=0.1):
+            pass
+        holder.kill()
+        with state.lock(wait=30):
+            pass
+
+
+def test_ports_are_remembered(state: StateDir) -> None:
+    assert state.ports() == ()
+    state.record_ports([20001, 20002])
+    assert state.ports() == (20001, 20002)
+    write_json(state.ports_file, {"odd": 1})
+    assert state.ports() == ()
