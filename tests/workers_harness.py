@@ -12,10 +12,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
-from typing_extensions import Self
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 90.0
@@ -108,6 +107,11 @@ class WorkerProcess:
     def health(self) -> dict[str, Any]:
         report: dict[str, Any] = self.client.get("/health").json()
         return report
+
+    def standing(self) -> tuple[int, int]:
+        """Requests that run, and that wait."""
+        report = self.health()
+        return report["running"], report["waiting"]
 
     def metric(self, name: str, **labels: str) -> float:
         """The value of a series; 0 where it does not exist yet."""

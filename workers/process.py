@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -21,15 +22,18 @@ from workers.logs import log
 from workers.metrics import Metrics
 from workers.served import load
 from workers.server import PortTaken, Server, reserve
-from workers.spec import read_spec
+from workers.spec import Spec, read_spec
 from workers.worker import Worker
 
 EXIT_FAILED = 1
 EXIT_CANNOT_LOAD = 3
 EXIT_INTERRUPTED = 130
 
+_CALL_PATIENCE = 2.0
+"""Seconds after the drain in which a call may end whose caller is gone."""
+
 _END_PATIENCE = 5.0
-"""Seconds after the drain in which a model's threads and exit handlers may end."""
+"""Seconds in which a model's threads and exit handlers may end."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +57,11 @@ def _serve(options: argparse.Namespace) -> int:
     spec = read_spec(options.spec)
     if spec.cache_dir is not None:
         os.environ.setdefault("GPUFARM_CACHE_DIR", str(spec.cache_dir))
-    reserved = reserve(options.host, options.port)
+    with reserve(options.host, options.port) as reserved:
+        return _load_and_listen(options, spec, reserved)
+
+
+def _load_and_listen(options: argparse.Namespace, spec: Spec, reserved: socket.socket) -> int:
     device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
     began = time.perf_counter()
     served = load(spec, options.device, device_thread)
@@ -73,10 +81,13 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _drained(line: Line) -> int:
     """Every caller has been answered. A call that nobody waits for any more gets a moment."""
-    deadline = time.monotonic() + _END_PATIENCE
+    deadline = time.monotonic() + _CALL_PATIENCE
     while line.running and time.monotonic() < deadline:
         time.sleep(0.02)
     log.info("drained served=%d", line.served)
+    if line.running:
+        log.warning("a call of the model goes on that nobody waits for; ending without it")
+        os._exit(0)
     return _end(0)
 
 

@@ -1,0 +1,205 @@
+"""The life of a worker process: it loads or says why not, serves, drains, ends."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.workers_harness import PATIENCE, ROOT, WorkerProcess, eventually
+
+FAULTY = "tests.models.faulty_start"
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("no_such_module:Model", "there is no module no_such_module"),
+        (f"{FAULTY}:SetupFails", "weights.safetensors is missing second line"),
+        (f"{FAULTY}:WarmUpFails", "no kernel image"),
+        (f"{FAULTY}:Arguments", "missing a required argument: 'size'"),
+        (f"{FAULTY}:Exits", "SystemExit"),
+    ],
+)
+def test_what_cannot_load_ends_with_3_and_one_line(tmp_path: Path, target: str, words: str) -> None:
+    worker = WorkerProcess(tmp_path, target)
+    try:
+        assert worker.wait() == 3
+        (line,) = worker.lines
+        assert "cannot load" in line
+        assert words in line
+    finally:
+        worker.__exit__()
+
+
+def test_a_wrong_spec_ends_with_3(tmp_path: Path) -> None:
+    worker = WorkerProcess(tmp_path, "tests.models.plain:Echo", spec={"lime": 3})
+    try:
+        assert worker.wait() == 3
+        assert 'unknown key "lime"' in worker.log
+        assert 'did you mean "line"?' in worker.log
+    finally:
+        worker.__exit__()
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        worker = WorkerProcess(tmp_path, f"{FAULTY}:SetupFails", port=port)
+        try:
+            assert worker.wait() == 1
+            assert f"port {port} on 127.0.0.1 is in use" in worker.log
+            assert len(worker.lines) == 1
+        finally:
+            worker.__exit__()
+
+
+def test_the_port_refuses_until_the_model_is_warm(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    module = tmp_path / "gated_model.py"
+    module.write_text(
+        "import time\n"
+        "from pathlib import Path\n"
+        "class Gated:\n"
+        "    def setup(self, device):\n"
+        f"        Path({str(tmp_path / 'loading')!r}).touch()\n"
+        f"        while not Path({str(gate)!r}).exists():\n"
+        "            time.sleep(0.01)\n"
+        "    def predict(self, request):\n"
+        "        return request\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    worker = WorkerProcess(
+        tmp_path, "gated_model:Gated", port=port, spec={"path": [str(ROOT), str(tmp_path)]}
+    )
+    try:
+        eventually((tmp_path / "loading").exists, "the load to begin")
+        with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            pass
+        gate.touch()
+        with worker:
+            assert worker.predict(5).json() == 5
+    finally:
+        worker.__exit__()
+
+
+def test_sigterm_while_idle_ends_with_0(tmp_path: Path) -> None:
+    with WorkerProcess(tmp_path, "tests.models.plain:Echo") as worker:
+        worker.predict(1)
+        worker.terminate()
+        assert worker.wait() == 0
+        assert "draining running=0 waiting=0" in worker.log
+        assert "drained served=1" in worker.log
+
+
+def test_a_drain_finishes_what_runs_and_what_waits(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with (
+        WorkerProcess(tmp_path, "tests.models.plain:Slow") as worker,
+        concurrent.futures.ThreadPoolExecutor(8) as callers,
+    ):
+        answers = [
+            callers.submit(
+                httpx.post,
+                f"{worker.url}/predict",
+                json={"name": number, "until": str(gate)},
+                timeout=PATIENCE,
+            )
+            for number in range(5)
+        ]
+        eventually(lambda: worker.standing() == (1, 4), "one that runs and four that wait")
+        worker.terminate()
+        eventually(lambda: "draining running=1 waiting=4" in worker.log, "the drain")
+        with pytest.raises((httpx.ConnectError, httpx.ReadError)):
+            eventually(lambda: httpx.get(f"{worker.url}/livez") is None, "a closed listener")
+        assert worker.process.poll() is None
+        gate.touch()
+        assert [answer.result().json()["name"] for answer in answers] == list(range(5))
+        assert worker.wait() == 0
+
+
+def test_nothing_is_lost_when_a_drain_comes_under_load(tmp_path: Path) -> None:
+    """Callers that open a connection each: those that were let in are answered."""
+    with WorkerProcess(tmp_path, "tests.models.plain:Slow", spec={"line": 64}) as worker:
+
+        def calls() -> list[int]:
+            seen: list[int] = []
+            while True:
+                try:
+                    answer = httpx.post(
+                        f"{worker.url}/predict", json={"seconds": 0.005}, timeout=PATIENCE
+                    )
+                except (httpx.ConnectError, httpx.ReadError):
+                    # refused, or accepted by the kernel but never by the worker: both are
+                    # errors of the connection, after which a balancer asks another worker
+                    return seen
+                seen.append(answer.status_code)
+
+        with concurrent.futures.ThreadPoolExecutor(4) as callers:
+            results = [callers.submit(calls) for _ in range(4)]
+            eventually(lambda: worker.health()["served"] > 20, "some traffic")
+            worker.terminate()
+            answered = [code for result in results for code in result.result(PATIENCE)]
+        assert worker.wait() == 0
+        assert set(answered) == {200}
+        assert len(answered) >= 20
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    with (
+        WorkerProcess(tmp_path, "tests.models.plain:Slow") as worker,
+        concurrent.futures.ThreadPoolExecutor(1) as callers,
+    ):
+        answer = callers.submit(
+            httpx.post,
+            f"{worker.url}/predict",
+            json={"until": str(tmp_path / "never")},
+            timeout=PATIENCE,
+        )
+        eventually(lambda: worker.standing() == (1, 0), "the request")
+        worker.terminate()
+        eventually(lambda: "draining" in worker.log, "the drain")
+        worker.terminate()
+        assert worker.wait() == 128 + 15
+        with pytest.raises(httpx.TransportError):
+            answer.result(PATIENCE)
+
+
+def test_a_call_that_never_ends_does_not_hold_up_the_drain(tmp_path: Path) -> None:
+    with WorkerProcess(
+        tmp_path, "tests.models.plain:Slow", spec={"request_timeout": 0.2}
+    ) as worker:
+        answer = worker.predict({"until": str(tmp_path / "never")})
+        assert answer.status_code == 504
+        worker.terminate()
+        assert worker.wait() == 0
+
+
+def test_a_lost_device_ends_the_process_with_1_after_the_answer(tmp_path: Path) -> None:
+    with WorkerProcess(tmp_path, "tests.models.plain:Faulty") as worker:
+        assert worker.predict({"kind": "memory"}).status_code == 500
+        assert worker.predict({"kind": "fine"}).text == "fine"
+        answer = worker.predict({"kind": "sticky"})
+        assert answer.status_code == 500
+        assert worker.wait() == 1
+        assert "the device is lost" in worker.log
+
+
+def test_workers_import_neither_torch_nor_onnxruntime() -> None:
+    script = (
+        "import sys, workers.process, workers.app, json; "
+        "print(json.dumps([m for m in ('torch', 'onnxruntime', 'litserve', 'launcher', 'balancer',"
+        " 'fastapi', 'pydantic') if m in sys.modules]))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert json.loads(output.stdout) == []
