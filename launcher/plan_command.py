@@ -48,6 +48,8 @@ def run(
         return _tell(
             running, as_json, ("The plan of the running farm, as it was when it started:",)
         )
+    if cores is not None and cores < 1:
+        raise ConfigError(f"--cores {cores}: must be a whole number from 1")
     given, empty = _footprint(footprint), tuple[str, ...]()
     if devices:
         host = Host(cores, _size("--ram", ram), _size("--ram", ram), "given", "given")

@@ -1,0 +1,343 @@
+"""Measuring a footprint, with real processes on the CPU and a fake driver for a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launcher.config import ProbeRequest, Settings, load
+from launcher.devices import cpu_device
+from launcher.footprint import MeasureError, Probe, measure
+from launcher.host import read_host
+from launcher.inventory import Footprint
+from launcher.lone_worker import LoneWorker, free_port
+from launcher.nvml import Driver
+from launcher.sampling import CpuSampler, GpuSampler, Sampler, Usage, Watch, tree_pss
+from launcher.sizes import GIB, MIB
+from launcher.sizing import known_footprint, measure_footprint
+from launcher.state import StateDir
+from tests.fake_nvml import FakeNvml, Gpu
+
+ROOT = Path(__file__).parent.parent
+
+SERVER = """
+import http.server, json, subprocess, sys, time
+port, behaviour = int(sys.argv[1]), sys.argv[2]
+if behaviour == "breaks":
+    print("loading"); print("no such weights: x.bin", file=sys.stderr); sys.exit(3)
+if behaviour == "never":
+    print("still loading", flush=True); time.sleep(600)
+if behaviour == "parent":
+    work = "import time; x = bytearray(60 << 20); time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", work])
+kept = bytearray(30 << 20)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        found = {"/readyz": b"ok", "/longest_request": b'{"path": "/big", "json": {"mib": 80}}'}
+        self.answer(200 if self.path in found else 404, found.get(self.path, b"{}"))
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if behaviour == "refuses":
+            return self.answer(400, b"no such voice\\n")
+        if behaviour == "dies":
+            import os; os._exit(9)
+        big = bytearray(body["mib"] << 20); time.sleep(0.3)
+        self.answer(200, b"done")
+    def answer(self, status, body):
+        self.send_response(status); self.send_header("Content-Length", str(len(body)))
+        self.end_headers(); self.wfile.write(body)
+    def log_message(self, *args): pass
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def starting(tmp_path: Path) -> Callable[[str], Callable[[], LoneWorker]]:
+    script = tmp_path / "server.py"
+    script.write_text(SERVER)
+
+    def of(behaviour: str) -> Callable[[], LoneWorker]:
+        def start() -> LoneWorker:
+            port = free_port()
+            return LoneWorker.start(
+                [sys.executable, str(script), str(port), behaviour],
+                environment={"PYTHONUNBUFFERED": "1"},
+                folder=tmp_path,
+                port=port,
+                ready_path="/readyz",
+                log=tmp_path / "worker.log",
+            )
+
+        return start
+
+    return of
+
+
+def on_cpu(
+    start: Callable[[], LoneWorker],
+    requests: list[Probe],
+    load_timeout: float = 60.0,
+    request_timeout: float = 60.0,
+    sampler: Sampler | None = None,
+) -> Footprint:
+    return measure(
+        start,
+        sampler or CpuSampler(),
+        requests,
+        load_timeout=load_timeout,
+        request_timeout=request_timeout,
+        device="CPU",
+    )
+
+
+def test_the_longest_request_decides(
+    starting: Callable[[str], Callable[[], LoneWorker]],
+) -> None:
+    small = on_cpu(starting("well"), [Probe("POST", "/x", b'{"mib": 1}')])
+    large = on_cpu(starting("well"), [])  # the model's own: 80 MiB
+    assert small.steady > 30 * MIB
+    assert large.steady - small.steady > 60 * MIB
+    assert large.peak >= large.steady
+    assert (large.how, large.device, large.requests) == ("measured", "CPU", 3)
+    assert large.samples > 5
+    assert large.host_ram is not None
+    assert large.exact
+
+
+def test_children_count_and_do_not_outlive_it(
+    starting: Callable[[str], Callable[[], LoneWorker]],
+) -> None:
+    started: list[LoneWorker] = []
+    family: list[psutil.Process] = []
+
+    def start() -> LoneWorker:
+        started.append(starting("parent")())
+        return started[0]
+
+    class Noting(CpuSampler):
+        def sample(self, pid: int) -> Usage:
+            family[:] = psutil.Process(pid).children(recursive=True) or family
+            return super().sample(pid)
+
+    found = on_cpu(start, [Probe("GET", "/readyz")], sampler=Noting())
+    assert found.steady > 85 * MIB
+    assert family
+    assert not any(process.is_running() and process.status() != "zombie" for process in family)
+    assert started[0].exit_code() is not None
+    started[0].stop()  # again does nothing
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "deadlines", "words"),
+    [
+        ("breaks", {}, ["exit code 3", "no such weights: x.bin"]),
+        ("never", {"load_timeout": 1.0}, ["not ready within 1 s", "load_timeout", "still loading"]),
+        ("refuses", {}, ["POST /big was answered 400: no such voice", "footprint.requests"]),
+        ("dies", {}, ["POST /big failed", "exit code 9"]),
+        ("well", {"request_timeout": 0.05}, ["took longer than 0.05 s", "request_timeout"]),
+    ],
+)
+def test_what_goes_wrong_is_one_line_and_leaves_nothing(
+    starting: Callable[[str], Callable[[], LoneWorker]],
+    behaviour: str,
+    deadlines: dict[str, float],
+    words: list[str],
+) -> None:
+    started: list[LoneWorker] = []
+
+    def start() -> LoneWorker:
+        started.append(starting(behaviour)())
+        return started[0]
+
+    with pytest.raises(MeasureError) as caught:
+        on_cpu(
+            start,
+            [Probe("POST", "/big", b'{"mib": 80}')],
+            load_timeout=deadlines.get("load_timeout", 60.0),
+            request_timeout=deadlines.get("request_timeout", 60.0),
+        )
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert started[0].exit_code() is not None
+    assert not psutil.pid_exists(started[0].pid)
+
+
+def test_a_command_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
+    def start() -> LoneWorker:
+        return LoneWorker.start(
+            ["no-such-command-anywhere"],
+            environment={},
+            folder=tmp_path,
+            port=1,
+            ready_path="/",
+            log=tmp_path / "log",
+        )
+
+    with pytest.raises(MeasureError, match="could not be started"):
+        on_cpu(start, [])
+
+
+@dataclass
+class GpuWorker:
+    """A worker in this process that takes memory of a fake GPU: its model, then per request."""
+
+    gpu: Gpu
+    takes: int = 5 * GIB
+    starts_with: int = 7 * GIB
+    leaves: int = 0
+    pid: int = field(default_factory=os.getpid)
+    host: str = "127.0.0.1"
+    ready_path: str = "/readyz"
+
+    def __post_init__(self) -> None:
+        self.before = self.gpu.free
+        self.gpu.free = self.before - self.starts_with
+        worker = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                worker.gpu.free = worker.before - worker.takes
+                self.send_response(200 if self.path == "/readyz" else 404)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer((self.host, 0), Handler)
+        self.port = self.server.server_address[1]
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        # Not ready before the peak was seen: sampling comes first, then the answer.
+        self.timer = threading.Timer(0.5, self.thread.start)
+        self.timer.start()
+
+    def exit_code(self) -> int | None:
+        return None
+
+    def last_words(self) -> str:
+        return ""
+
+    def stop(self) -> None:
+        self.timer.join()
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+        self.gpu.free = self.before - self.leaves
+
+
+def on_gpu(**traits: Any) -> Any:
+    gpu = Gpu("GPU-a", 24 * GIB, 20 * GIB)
+    driver = Driver.open(FakeNvml(gpu))
+    assert driver is not None
+    sampler = GpuSampler(driver, "GPU-a", patience=0.3)
+    return measure(
+        lambda: GpuWorker(gpu, **traits),
+        sampler,
+        [Probe("GET", "/readyz")],
+        load_timeout=30.0,
+        request_timeout=30.0,
+        device="Card",
+    )
+
+
+def test_on_a_gpu_it_is_the_change_of_free_memory() -> None:
+    found = on_gpu()
+    assert (found.peak, found.steady) == (7 * GIB, 5 * GIB)
+    assert found.exact
+    assert found.host_ram > MIB
+
+
+@pytest.mark.parametrize("leaves", [GIB, -GIB])
+def test_a_neighbour_that_moves_meanwhile_is_noticed(leaves: int) -> None:
+    assert not on_gpu(leaves=leaves).exact
+
+
+def test_a_worker_that_does_not_use_its_gpu_is_refused() -> None:
+    with pytest.raises(MeasureError, match=r"no memory of Card.*setup\(device\)"):
+        on_gpu(takes=0, starts_with=0)
+
+
+def test_a_gpu_that_stops_answering_is_one_line() -> None:
+    gpu = Gpu("GPU-a", 24 * GIB, 20 * GIB)
+    driver = Driver.open(FakeNvml(gpu))
+    assert driver is not None
+
+    class Falling(GpuSampler):
+        def sample(self, pid: int) -> Usage:
+            raise LookupError("GPU is lost")
+
+    with pytest.raises(MeasureError, match="GPU is lost"):
+        measure(
+            lambda: GpuWorker(gpu),
+            Falling(driver, "GPU-a", patience=0.1),
+            [Probe("GET", "/readyz")],
+            load_timeout=30.0,
+            request_timeout=30.0,
+        )
+
+
+def test_sampling_keeps_the_highest_of_each_phase() -> None:
+    values = iter([3, 9, 4, 5, 2])
+    watch = Watch(lambda: Usage(next(values), 1))
+    watch.take()
+    watch.take()
+    watch.enter("serving")
+    watch.take()
+    watch.take()
+    assert watch.device == {"starting": 9, "serving": 5}
+    assert watch.samples == 5
+
+
+def test_pss_of_a_tree() -> None:
+    assert tree_pss(os.getpid()) > MIB
+    assert tree_pss(2**22 + 11) == 0
+
+
+def test_probes_from_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "x.wav").write_bytes(b"RIFF")
+    assert Probe.of(ProbeRequest(path="/a")) == Probe("GET", "/a")
+    posted = Probe.of(ProbeRequest.model_validate({"path": "/a", "json": {"b": 1}}))
+    assert (posted.method, json.loads(posted.body)) == ("POST", {"b": 1})
+    sent = Probe.of(ProbeRequest(path="/a", body_file=tmp_path / "x.wav", content_type="audio/wav"))
+    assert (sent.body, sent.content_type) == (b"RIFF", "audio/wav")
+    with pytest.raises(MeasureError, match=r"none\.wav: No such file"):
+        Probe.of(ProbeRequest(path="/a", body_file=tmp_path / "none.wav"))
+
+
+def settings_for(folder: Path, model: dict[str, Any], **more: Any) -> Settings:
+    (folder / "gpufarm.toml").write_text('state_dir = "state"\n')
+    return load(folder / "gpufarm.toml", {"model": model, **more}, {"HOME": str(folder)})
+
+
+def test_a_real_worker_is_measured_once_and_remembered(tmp_path: Path) -> None:
+    (tmp_path / "hello.py").write_text(
+        "class Hello:\n"
+        "    def setup(self, device):\n        self.kept = bytearray(50 << 20)\n"
+        "    def predict(self, request):\n        return {'n': len(self.kept)}\n"
+        "    def longest_request(self):\n        return {'path': '/predict', 'json': {}}\n"
+    )
+    settings = settings_for(tmp_path, {"target": "hello:Hello"})
+    state, device = StateDir(settings.state_dir), cpu_device(read_host())
+    assert known_footprint(settings, device, state) is None
+    lines: list[str] = []
+    found = measure_footprint(settings, device, state, progress=lines.append)
+    assert found.steady > 60 * MIB
+    assert found.requests == 3
+    assert lines[0] == "starting one worker alone"
+    assert known_footprint(settings, device, state) == found
+
+
+def test_a_worker_that_cannot_load_says_so(tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, {"target": "nowhere:Nothing"})
+    with pytest.raises(MeasureError, match=r"exit code 3.*nowhere"):
+        measure_footprint(settings, cpu_device(read_host()), StateDir(settings.state_dir))
