@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,14 @@ def address(host: str, port: int) -> str:
     if not bare or any(not (c.isalnum() or c in ".:-_*%") for c in bare):
         raise ValueError(f"host = {host!r} is not an address: write one such as 127.0.0.1 or ::")
     return f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}"
+
+
+def listening(prefix: Path) -> tuple[str, int]:
+    """Host and port of the configuration that was written below ``prefix``."""
+    match = re.search(r"^\s*listen (\S+):(\d+) ", (prefix / CONF).read_text(), re.MULTILINE)
+    if match is None:
+        raise ValueError(f"{prefix / CONF} names no port to listen on")
+    return match[1].strip("[]"), int(match[2])
 
 
 def render(config: BalancerConfig) -> str:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from balancer import nginx, processes
+from balancer.configuration import listening
 
 RELEASE_SECONDS = 1.0
 """How long an old process may take to let go of the port before it is killed."""
@@ -56,11 +57,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="balancer.start", description=__doc__)
     parser.add_argument("--program", type=Path, required=True)
     parser.add_argument("--prefix", type=Path, required=True)
-    parser.add_argument("--host", required=True)
-    parser.add_argument("--port", type=int, required=True)
     options = parser.parse_args()
 
-    release_port(options.prefix, options.host, options.port)
+    release_port(options.prefix, *listening(options.prefix))
     still_finishing = [
         master
         for master in processes.read(options.prefix)

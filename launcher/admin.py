@@ -66,7 +66,8 @@ class Admin:
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
-        self._memory: tuple[float, dict[str, int]] = (float("-inf"), {})
+        self._memory: tuple[float, dict[str, int], dict[str, int]] = (float("-inf"), {}, {})
+        """When it was measured, of which pids, and the bytes."""
         self._measuring = asyncio.Lock()
 
     def app(self) -> ASGIApp:
@@ -192,12 +193,12 @@ class Admin:
     async def _measured(self) -> dict[str, int]:
         """Memory of every living worker, at most MEMORY_AGE old."""
         async with self._measuring:
-            at, memory = self._memory
-            if time.monotonic() - at > MEMORY_AGE:
-                records = self._controller.memory.records
-                pids = {id_: record.pid for id_, record in records.items() if record.pid}
+            at, measured, memory = self._memory
+            records = self._controller.memory.records
+            pids = {id_: record.pid for id_, record in records.items() if record.pid}
+            if time.monotonic() - at > MEMORY_AGE or pids != measured:
                 memory = await asyncio.to_thread(device_memory, self._controller.farm, pids)
-                self._memory = time.monotonic(), memory
+                self._memory = time.monotonic(), pids, memory
             return memory
 
 

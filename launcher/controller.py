@@ -65,10 +65,13 @@ class Store:
         if not isinstance(data, dict):
             return Desired(farm.plan.count), Memory()
         try:
+            desired = Desired(int(data["count"]), frozenset(data["drained"]))
+            if "memory" not in data:
+                return desired, Memory()
             memory = data["memory"]
             roll = memory["roll"]
             return (
-                Desired(int(data["count"]), frozenset(data["drained"])),
+                desired,
                 Memory(
                     records={name: Record(**record) for name, record in memory["records"].items()},
                     roll=Roll(

@@ -105,9 +105,7 @@ def balancer_config(farm: Farm, version: tuple[int, ...]) -> BalancerConfig:
 def supervisor_config(farm: Farm, program: Path) -> SupervisorConfig:
     settings = farm.settings
     start = python_module(
-        "balancer.start",
-        *("--program", str(program), "--prefix", str(farm.state.path)),
-        *("--host", settings.host, "--port", str(settings.port)),
+        "balancer.start", "--program", str(program), "--prefix", str(farm.state.path)
     )
     return SupervisorConfig(
         state=farm.state.path,

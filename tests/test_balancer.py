@@ -60,7 +60,6 @@ class Front:
         program = nginx.find()
         command = [*self.prefix_command, sys.executable, "-P", "-m", "balancer.start"]
         command += ["--program", str(program), "--prefix", str(self.config.prefix)]
-        command += ["--host", self.config.host, "--port", str(self.config.port)]
         self.master = subprocess.Popen(command, process_group=0)
         until(lambda: httpx.get(f"{self.url}/livez").status_code == 200, "nginx answers")
 

@@ -16,6 +16,7 @@ from balancer.configuration import (
     Upstream,
     address,
     error_answers,
+    listening,
     open_file_limit,
     render,
     write,
@@ -119,6 +120,12 @@ def test_quotes_in_an_answer_reach_the_caller_and_variables_are_refused() -> Non
     assert json.loads(unquoted)["error"]["message"] == 'it\'s a "test"'
     with pytest.raises(ValueError, match="\\$"):
         _ = ErrorAnswer(400, "costs $5", "t", "c").body
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "*", "localhost"])
+def test_the_address_is_read_back(tmp_path: Path, host: str) -> None:
+    write(config(tmp_path, host=host, port=28000))
+    assert listening(tmp_path) == (host, 28000)
 
 
 def test_addresses() -> None:
