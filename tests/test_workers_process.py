@@ -193,6 +193,26 @@ def test_a_lost_device_ends_the_process_with_1_after_the_answer(tmp_path: Path) 
         assert "the device is lost" in worker.log
 
 
+def test_who_waits_for_a_lost_device_gets_no_answer_and_may_ask_another(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with (
+        WorkerProcess(tmp_path, "tests.models.plain:Slow") as worker,
+        concurrent.futures.ThreadPoolExecutor(2) as callers,
+    ):
+        bodies: list[dict[str, object]] = [{"until": str(gate), "sticky": True}, {"name": "other"}]
+        answers = []
+        for standing, body in zip([(1, 0), (1, 1)], bodies, strict=True):
+            url = f"{worker.url}/predict"
+            answers.append(callers.submit(httpx.post, url, json=body, timeout=PATIENCE))
+            while worker.standing() != standing:
+                assert worker.process.poll() is None
+        gate.touch()
+        assert answers[0].result().status_code == 500
+        with pytest.raises(httpx.TransportError):
+            answers[1].result()
+        assert worker.wait() == 1
+
+
 def test_workers_import_neither_torch_nor_onnxruntime() -> None:
     script = (
         "import sys, workers.process, workers.app, json; "

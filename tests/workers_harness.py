@@ -45,6 +45,7 @@ class WorkerProcess:
         spec: dict[str, Any] | None = None,
         model: dict[str, Any] | None = None,
         environment: dict[str, str] | None = None,
+        warnings: str = "error",
     ) -> None:
         document = {
             "model": {"target": target, "args": args or {}, "name": "test", **(model or {})},
@@ -53,7 +54,7 @@ class WorkerProcess:
         }
         file = folder / f"spec-{time.monotonic_ns()}.json"
         file.write_text(json.dumps(document))
-        command = [sys.executable, "-P", "-W", "error", "-m", "workers"]
+        command = [sys.executable, "-P", "-W", warnings, "-m", "workers"]
         command += ["--spec", str(file), "--id", "w1", "--port", str(port), "--device", "cpu"]
         self.lines: list[str] = []
         self.process = subprocess.Popen(

@@ -24,6 +24,9 @@ connection that is just being closed."""
 DRAIN_GRACE = 5.0
 """Seconds a drain may take beyond the longest request."""
 
+_ARRIVAL_GRACE = 0.05
+"""Seconds in which a request is read whose connection was let in just before the drain."""
+
 _ANSWER_GRACE = 0.25
 """Seconds in which the answer of the request that lost the device leaves."""
 
@@ -102,6 +105,9 @@ class Server(uvicorn.Server):
         line = self._worker.line
         self._worker.draining = True
         log.info("draining running=%d waiting=%d", line.running, line.waiting)
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(_ARRIVAL_GRACE)
         await super().shutdown(sockets)
 
     def _end_at_once(self) -> None:

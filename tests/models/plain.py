@@ -54,6 +54,8 @@ class Slow:
         until = request.get("until")
         while until is not None and not Path(until).exists():
             time.sleep(0.01)
+        if request.get("sticky"):
+            raise RuntimeError("CUDA error: unspecified launch failure")
         return {"name": request.get("name")}
 
 
