@@ -131,10 +131,3 @@ def _wanted(
     if len({device.kind == CPU for device in chosen}) > 1:
         raise ConfigError('budget.devices names GPUs and "cpu"; a farm runs on one or the other')
     return tuple(chosen)
-
-
-def free_now(device: Device, host: Host, driver: Driver | None) -> int:
-    """Bytes free on a device at this moment; for the CPU, what ``host`` says."""
-    if device.is_gpu and driver is not None:
-        return driver.free(device.id)
-    return host.ram_free or 0

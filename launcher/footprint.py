@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Protocol
 
 from launcher.config import ProbeRequest
@@ -204,8 +203,3 @@ def _exchange(worker: RunningWorker, probe: Probe, timeout: float) -> tuple[int,
         return response.status, beginning
     finally:
         connection.close()
-
-
-def body_files(requests: Sequence[ProbeRequest]) -> list[Path]:
-    """The files that the configured requests send."""
-    return [request.body_file for request in requests if request.body_file is not None]
