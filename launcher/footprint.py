@@ -179,12 +179,22 @@ def _run(worker: RunningWorker, probes: Sequence[Probe], timeout: float) -> None
                 f"{what} took longer than {timeout:g} s (workers.request_timeout)"
             ) from None
         except (OSError, http.client.HTTPException) as error:
-            code = worker.exit_code()
-            ended = f"; the worker ended with exit code {code}" if code is not None else ""
+            ended = _how_it_ended(worker)
             raise MeasureError(f"{what} failed: {error or type(error).__name__}{ended}") from None
         if status >= 400:
             text = " ".join(body[:200].decode(errors="replace").split())
             raise MeasureError(f"{what} was answered {status}: {text}; correct footprint.requests")
+
+
+def _how_it_ended(worker: RunningWorker, patience: float = 2.0) -> str:
+    """Words about its end; empty if it lives. A connection breaks a moment before the exit."""
+    deadline = time.monotonic() + patience
+    while (code := worker.exit_code()) is None:
+        if time.monotonic() > deadline:
+            return ""
+        time.sleep(0.02)
+    said = f": {words}" if (words := worker.last_words()) else ""
+    return f"; the worker ended with exit code {code}{said}"
 
 
 def _exchange(worker: RunningWorker, probe: Probe, timeout: float) -> tuple[int, bytes]:
