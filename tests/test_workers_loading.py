@@ -29,7 +29,7 @@ def loaded(executor: ThreadPoolExecutor, target: str, **args: Any) -> Served:
 def test_a_model_is_set_up_on_the_device_thread(executor: ThreadPoolExecutor) -> None:
     served = loaded(executor, "tests.models.plain:Echo")
     thread = executor.submit(lambda: __import__("threading").current_thread().name).result()
-    assert served.health()["threads"] == [thread]
+    assert served.report["threads"] == [thread]
     assert served.predict("device", events=False).body == b'{"device":"cpu"}'
     assert served.predicts
     assert not served.speaks
@@ -74,6 +74,7 @@ def test_a_class_beside_the_configuration_is_enough(
         (f"{FAULTY}:SetupFails", {}, ['setup("cpu") failed: FileNotFoundError', "faulty_start.py"]),
         (f"{FAULTY}:WarmUpFails", {}, ["warm_up() failed: RuntimeError: no kernel image"]),
         (f"{FAULTY}:Exits", {}, ["setup", "SystemExit"]),
+        (f"{FAULTY}:HealthFails", {}, ["health() failed: TypeError", "gave a list; a dict"]),
         (f"{FAULTY}:NoVoices", {}, ["voices is []", "at least one"]),
         ("tests.models.speech:Hum", {"sample_rate": 16000.5}, ["sample_rate is 16000.5"]),
     ],

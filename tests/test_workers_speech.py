@@ -202,4 +202,6 @@ def test_voices_and_what_a_speech_model_lacks(hum: WorkerProcess) -> None:
     assert hum.client.get("/v1/audio/voices").json() == {"voices": ["low", "high"]}
     assert hum.client.post("/predict", json={}).status_code == 404
     assert hum.client.get("/longest_request").status_code == 404
+    report = hum.health()
+    assert (report["sample_rate"], report["voices"]) == (RATE, ["low", "high"])
     assert speak(hum, voice={"id": "high"}).status_code == 200

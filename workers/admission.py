@@ -267,13 +267,19 @@ class Line:
         job._begin(self._executor)
         return job
 
+    def lose(self) -> None:
+        """The device is lost to this process: run nothing more, and say so."""
+        self.closed = True
+        if self.on_sticky is not None:
+            self.on_sticky()
+
     def _free(self) -> None:
         self._admitted -= 1
 
     def _served(self, seconds: float, error: Exception | None) -> None:
         self._free()
-        if self.closed and isinstance(error, ModelFailed) and self.on_sticky is not None:
-            self.on_sticky()
+        if isinstance(error, ModelFailed) and error.sticky:
+            self.lose()
         if error is None:
             self.served += 1
             old = seconds if self._mean is None else self._mean

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -20,9 +18,8 @@ from workers.status_routes import Status
 from workers.worker import Worker
 
 
-def build_app(worker: Worker, first_report: dict[str, Any]) -> ASGIApp:
-    """``first_report``: what the model's own ``health()`` said after the warm-up."""
-    status = Status(worker, first_report)
+def build_app(worker: Worker) -> ASGIApp:
+    status = Status(worker)
     routes = [
         Route("/livez", status.live),
         Route("/readyz", status.ready),

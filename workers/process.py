@@ -6,6 +6,7 @@ Exit codes: 0 drained, 1 port taken or device lost, 3 could not load; anything e
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import socket
 import threading
@@ -39,6 +40,7 @@ _END_PATIENCE = 5.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code. Ends the process itself where a stuck thread would keep it."""
     options = _options(arguments)
+    faulthandler.enable()  # a crash within a native library says where
     logs.set_up(options.id)
     try:
         return _serve(options)
@@ -65,7 +67,6 @@ def _load_and_listen(options: argparse.Namespace, spec: Spec, reserved: socket.s
     device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
     began = time.perf_counter()
     served = load(spec, options.device, device_thread)
-    first_report = device_thread.submit(served.health).result()
     line = Line(device_thread, spec.line)
     metrics = Metrics(options.id, spec.name, line)
     for phase, seconds in served.startup_seconds.items():
@@ -75,7 +76,7 @@ def _load_and_listen(options: argparse.Namespace, spec: Spec, reserved: socket.s
     log.info(
         "loaded %s device=%s seconds=%.2f", spec.target, options.device, time.perf_counter() - began
     )
-    Server(build_app(worker, first_report), worker).listen(reserved)
+    Server(build_app(worker), worker).listen(reserved)
     return _drained(line)
 
 

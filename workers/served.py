@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
-from workers.answers import stream, whole
+from workers.answers import as_json, stream, whole
 from workers.audio import samples
 from workers.contract import Audio, SpeechRequest
 from workers.errors import LoadError
@@ -33,6 +33,8 @@ class Served:
         self.sample_rate = 0
         self.voices: list[str] = []
         self.startup_seconds: dict[str, float] = {}
+        self.report: dict[str, Any] = {}
+        """What the model last said of itself."""
         self._model = model
 
     def predict(self, payload: Any, events: bool) -> Any:
@@ -60,11 +62,16 @@ class Served:
         """The same chunks, all at once."""
         return list(self.speak(request))
 
-    def health(self) -> dict[str, Any]:
-        """What the model says of itself; empty when it says nothing."""
-        report = getattr(self._model, "health", None)
-        value = report() if report is not None else {}
-        return value if isinstance(value, dict) else {}
+    def refresh(self) -> None:
+        """Ask the model for its report; it stays empty when the model says nothing."""
+        health = getattr(self._model, "health", None)
+        if health is None:
+            return
+        value = health()
+        if not isinstance(value, dict):
+            raise TypeError(f"health() gave a {type(value).__name__}; a dict is needed")
+        as_json(value)
+        self.report = value
 
     def longest_request(self) -> dict[str, Any] | None:
         """What sizing sends to measure the footprint, if the model knows."""
@@ -95,6 +102,7 @@ def _prepare(cls: type[Any], spec: Spec, device: str) -> Served:
     warm_up = getattr(model, "warm_up", None)
     if warm_up is not None:
         _step(spec, "warm_up()", warm_up)
+    _step(spec, "health()", served.refresh)
     served.startup_seconds = {"load": loaded - began, "warm_up": time.perf_counter() - loaded}
     return served
 

@@ -81,8 +81,7 @@ class Server(uvicorn.Server):
             reserved.listen(self.config.backlog)
         except OSError as error:
             raise _taken(host, port, error) from None
-        with contextlib.suppress(asyncio.CancelledError):
-            self.run(sockets=[reserved])
+        self.run(sockets=[reserved])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from workers.answers import as_json
 from workers.errors import ApiError, unknown
+from workers.failures import is_sticky
 from workers.logs import log
 from workers.memory import resident_bytes
 from workers.worker import Worker
@@ -22,10 +23,8 @@ _PATIENCE = 0.5
 
 
 class Status:
-    def __init__(self, worker: Worker, first_report: dict[str, Any]) -> None:
-        """``first_report``: the model's own health, taken after the warm-up."""
+    def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._report = first_report
         self._asking: asyncio.Future[None] | None = None
 
     async def live(self, request: Request) -> Response:
@@ -42,12 +41,15 @@ class Status:
         worker = self._worker
         line = worker.line
         mean = line.mean_service_seconds
+        served = worker.served
+        speech = {"sample_rate": served.sample_rate, "voices": served.voices}
         report = {
-            "device": worker.served.device,
+            "device": served.device,
             "dtype": None,
             "engine": None,
             "provider": None,
-            **self._report,
+            **(speech if served.speaks else {}),
+            **served.report,
             "status": "draining" if worker.draining or line.closed else "ready",
             "id": worker.id,
             "pid": os.getpid(),
@@ -102,11 +104,11 @@ class Status:
     async def _ask(self) -> None:
         loop = asyncio.get_running_loop()
         try:
-            self._report = await loop.run_in_executor(
-                self._worker.device_thread, self._worker.served.health
-            )
+            await loop.run_in_executor(self._worker.device_thread, self._worker.served.refresh)
         except Exception as error:
             log.warning("the model's health() failed: %s: %s", type(error).__name__, error)
+            if is_sticky(error):
+                self._worker.line.lose()
         finally:
             self._asking = None
 

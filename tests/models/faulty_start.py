@@ -36,6 +36,14 @@ class WarmUpFails(NoSetup):
         raise RuntimeError("no kernel image for this device")
 
 
+class HealthFails(NoSetup):
+    def setup(self, device: str) -> None:
+        pass
+
+    def health(self) -> Any:
+        return []
+
+
 class Exits(NoSetup):
     def setup(self, device: str) -> None:
         raise SystemExit(0)
