@@ -29,7 +29,7 @@ _WEIGHT = 0.2  # of the newest service time in the running mean
 Stage = Literal["waiting", "running", "streaming"]
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818 - an answer, not a fault
     """The line is full. ``retry_after``: whole seconds until it would have been served."""
 
     def __init__(self, retry_after: int) -> None:
@@ -37,11 +37,11 @@ class Refused(Exception):
         self.retry_after = retry_after
 
 
-class Closed(Exception):
+class Closed(Exception):  # noqa: N818 - an answer, not a fault
     """Nothing is taken any more: the worker is on its way out."""
 
 
-class Abandoned(Exception):
+class Abandoned(Exception):  # noqa: N818 - an answer, not a fault
     """The work was dropped in ``stage``."""
 
     def __init__(self, stage: Stage) -> None:

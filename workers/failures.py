@@ -19,7 +19,7 @@ _STICKY = re.compile(
 """After one of these the CUDA context answers every call with the same error until it is gone."""
 
 
-class ModelFailed(Exception):
+class ModelFailed(Exception):  # noqa: N818 - says who failed
     """The model raised what it should not have. ``trace`` is for the log, never for a caller."""
 
     def __init__(self, kind: str, trace: str, sticky: bool) -> None:

@@ -31,7 +31,7 @@ _ANSWER_GRACE = 0.25
 """Seconds in which the answer of the request that lost the device leaves."""
 
 
-class PortTaken(Exception):
+class PortTaken(Exception):  # noqa: N818 - says what is wrong
     """One line that names the address and the remedy."""
 
 
