@@ -16,6 +16,7 @@ from pathlib import Path
 from balancer import nginx, processes
 from balancer.configuration import listening
 
+RELEASE_CHECK_SECONDS = 0.002
 RELEASE_SECONDS = 1.0
 """How long an old process may take to let go of the port before it is killed."""
 
@@ -50,7 +51,7 @@ def release_port(prefix: Path, host: str, port: int) -> None:
         if time.monotonic() > deadline:
             processes.send(processes.all_members(prefix), signal.SIGKILL)
             return
-        time.sleep(processes.CHECK_SECONDS)
+        time.sleep(RELEASE_CHECK_SECONDS)
 
 
 def main() -> None:
@@ -59,14 +60,15 @@ def main() -> None:
     parser.add_argument("--prefix", type=Path, required=True)
     options = parser.parse_args()
 
-    release_port(options.prefix, *listening(options.prefix))
-    still_finishing = [
+    arguments = nginx.command(options.program, nginx.version(options.program), options.prefix)
+    old = [
         master
         for master in processes.read(options.prefix)
         if processes.members(master, options.prefix)
     ]
-    processes.write(options.prefix, [*still_finishing, processes.this_process()])
-    arguments = nginx.command(options.program, nginx.version(options.program), options.prefix)
+    processes.write(options.prefix, [*old, processes.this_process()])
+    # Last, since from here on until nginx listens every caller is refused.
+    release_port(options.prefix, *listening(options.prefix))
     os.execv(arguments[0], arguments)  # noqa: S606 - to become nginx is the point
 
 

@@ -16,10 +16,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from launcher.controller import Controller, RefusedError, view
+from launcher.controller import Controller, RefusedError
 from launcher.metrics import farm_metrics, join
 from launcher.observe import device_memory
 from launcher.probe import NoAnswerError, get
+from launcher.view import view
 
 HOST = "127.0.0.1"
 WORKER_SECONDS = 1.0

@@ -144,8 +144,7 @@ class Up:
         if changes.balancer and nginx_processes.reload(self.state.path):
             self.say("nginx has taken its new configuration")
         client = Client(farm)
-        if old != new or changes.balancer:
-            retried(client.reload)
+        retried(client.reload)
         count = self.count
         if count is None and old.workers.count != new.workers.count:
             count = plan.count

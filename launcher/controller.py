@@ -1,21 +1,18 @@
 """The controller: what is wanted, what is seen, and the next step, again and again.
 
-``python -m launcher.controller --state DIR``, run by the supervisor. It may die at any time:
-requests do not pass through it, and what it remembers lies in a file.
+It may die at any time: requests do not pass through it, and what it remembers lies in a file.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 from launcher import farm as farms
 from launcher.farm import Farm
@@ -25,7 +22,6 @@ from launcher.reconcile import (
     Desired,
     Memory,
     Place,
-    Record,
     Roll,
     Seen,
     decide,
@@ -33,7 +29,8 @@ from launcher.reconcile import (
     wanted,
 )
 from launcher.rotate import rotate_balancer_logs
-from launcher.state import StateDir, StateError, read_json, write_json
+from launcher.state import StateError
+from launcher.store import Store
 from launcher.supervisor import Supervisor, SupervisorError
 
 T = TypeVar("T")
@@ -52,47 +49,6 @@ class RefusedError(Exception):
     def __init__(self, message: str, status: int = 409) -> None:
         super().__init__(message)
         self.status = status
-
-
-@dataclass(frozen=True)
-class Store:
-    """What survives the controller: wishes and memory, in one file."""
-
-    state: StateDir
-
-    def read(self, farm: Farm) -> tuple[Desired, Memory]:
-        data = read_json(self.state.desired_file)
-        if not isinstance(data, dict):
-            return Desired(farm.plan.count), Memory()
-        try:
-            desired = Desired(int(data["count"]), frozenset(data["drained"]))
-            if "memory" not in data:
-                return desired, Memory()
-            memory = data["memory"]
-            roll = memory["roll"]
-            return (
-                desired,
-                Memory(
-                    records={name: Record(**record) for name, record in memory["records"].items()},
-                    roll=Roll(
-                        tuple((name, int(pid)) for name, pid in roll["pending"]),
-                        roll["extra"],
-                        roll["error"],
-                    ),
-                    replaced=memory["replaced"],
-                ),
-            )
-        except (KeyError, TypeError, ValueError):
-            # Written by another version: the count is what matters, the rest is seen again.
-            return Desired(int(data.get("count", farm.plan.count))), Memory()
-
-    def write(self, desired: Desired, memory: Memory) -> None:
-        data = {
-            "count": desired.count,
-            "drained": sorted(desired.drained),
-            "memory": asdict(memory),
-        }
-        write_json(self.state.desired_file, data)
 
 
 class Controller:
@@ -308,6 +264,7 @@ class Controller:
 
     def _forgive(self, ids: tuple[str, ...]) -> None:
         """Somebody asked again, so what was given up is tried again."""
+        self.memory = replace(self.memory, roll=replace(self.memory.roll, error=""))
         for id_ in ids:
             record = self.memory.of(id_)
             if record.state == "failed":
@@ -326,69 +283,3 @@ class Controller:
         self.desired = desired
         await self._remember()
         self.stir()
-
-
-async def serve(farm: Farm) -> None:
-    """Run the controller and its admin interface until SIGTERM."""
-    from launcher.admin import AdminServer  # noqa: PLC0415 - starlette, needed here alone
-
-    controller = Controller(farm, Supervisor(farm.socket))
-    loop = asyncio.create_task(controller.run())
-    try:
-        await AdminServer(controller).serve()
-    finally:
-        loop.cancel()
-        with suppress(asyncio.CancelledError):
-            await loop
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="launcher.controller", description=__doc__)
-    parser.add_argument("--state", type=Path, required=True)
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    farm = farms.load(StateDir(options.state))
-    if farm is None:
-        parser.exit(1, f"no farm is recorded in {options.state}; run `gpufarm up`\n")
-    asyncio.run(serve(farm))
-
-
-def view(controller: Controller) -> dict[str, Any]:
-    """``GET /workers`` but for what has to be measured: the wanted slots and whatever runs."""
-    plan, memory = controller.farm.plan, controller.memory
-    workers = []
-    for slot in plan.slots:
-        record = memory.of(slot.id)
-        drained = slot.id in controller.desired.drained
-        if not (slot.id in controller.wanted or record.state != "stopped" or drained):
-            continue
-        workers.append(
-            {
-                "id": slot.id,
-                "pid": record.pid or None,
-                "port": slot.port,
-                "device": slot.device_id,
-                "state": record.state,
-                "drained": drained,
-                "restarts": record.restarts,
-                "ready_seconds": record.ready_seconds,
-                "error": record.error or None,
-                "current": record.spec in ("", controller.farm.digest),
-            }
-        )
-    return {
-        "url": controller.farm.url,
-        "count": controller.desired.count,
-        "capacity": plan.capacity,
-        "settled": controller.settled,
-        "problem": controller.problem or None,
-        "restart": {
-            "pending": [id_ for id_, _ in memory.roll.pending],
-            "error": memory.roll.error or None,
-        },
-        "workers": workers,
-    }
-
-
-if __name__ == "__main__":
-    main()

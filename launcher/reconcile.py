@@ -145,7 +145,12 @@ def settled(places: Sequence[Place], desired: Desired, memory: Memory) -> bool:
     """Whether there is nothing left to do: all wanted are ready or given up, nothing rolls."""
     alive = {id_ for id_, record in memory.records.items() if record.state not in _RESTING}
     ids = set(wanted(places, desired))
-    done = all(memory.of(id_).state in ("ready", "failed") for id_ in ids)
+    device = {place.id: place.device for place in places}
+    done = all(
+        memory.of(id_).state in ("ready", "failed")
+        or (memory.of(id_).state == "stopped" and _hopeless(device[id_], device, memory))
+        for id_ in ids
+    )
     return done and alive <= ids and not memory.roll.pending
 
 
@@ -261,6 +266,8 @@ def _roll(
     if failed:
         # What the new one cannot do, the others would not do either: leave them as they are.
         error = f"the restart was given up: {memory.of(failed[0]).error}"
+        if roll.extra in failed:
+            memory = memory.with_record(roll.extra, Record(since=now))
         return replace(memory, roll=Roll(error=error)), []
     if not pending:
         return replace(memory, roll=Roll(error=roll.error)), []

@@ -70,7 +70,7 @@ def render(config: SupervisorConfig) -> str:
         autoescape=False,  # noqa: S701 - this is no HTML
     )
     state, logs = str(config.state), config.state / LOGS
-    controller = python_module("launcher.controller", "--state", state)
+    controller = python_module("launcher.controlling", "--state", state)
     worker = python_module("launcher.slot", "--state", state, "--slot")
     return environment.get_template("supervisord.conf.j2").render(
         socket=escaped(str(config.socket)),

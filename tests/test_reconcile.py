@@ -232,6 +232,7 @@ def test_a_worker_that_cannot_load_fails_once_and_takes_no_other_with_it() -> No
     assert world.started == ["w1"]
     assert world.states() == "failed stopped stopped stopped"
     assert world.memory.of("w1").error == "w1 could not load: no such file"
+    assert world.settled(), "there is nothing to wait for"
 
 
 def test_a_device_on_which_nothing_loads_does_not_hold_up_the_others() -> None:

@@ -1,0 +1,255 @@
+"""Farms from their start to their end, each test with its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.farm.harness import REPOSITORY, FarmUnderTest, foreign, lives, new_farm
+from tests.waiting import free_port, listens, until
+
+MEGABYTE = 2**20
+NOBODY = 65534
+
+
+def leaves_nothing(farm: FarmUnderTest) -> None:
+    """No process, no socket, no temporary file; what was measured and logged may stay."""
+    assert farm.processes() == []
+    assert farm.sockets() == []
+    left = {path.relative_to(farm.state).parts[0] for path in farm.state.rglob("*")}
+    assert left <= {"logs", "cache", "lock", "ports.json", "footprints.json"}, left
+    assert not listens(farm.port)
+
+
+def test_a_farm_comes_and_goes_and_comes_again() -> None:
+    with new_farm(workers="count = 1") as farm:
+        assert "no farm is running" in farm.run("ps", expect=4).stderr
+        assert not farm.state.exists(), "asking creates nothing"
+        assert "no farm is running" in farm.run("down", expect=4).stderr
+        farm.run("up")
+        runtime = Path((farm.state / "runtime").read_text().strip())
+        assert [path for path in runtime.iterdir() if path.is_socket()]
+        pids = [process.pid for process in farm.processes()]
+        farm.run("down")
+        leaves_nothing(farm)
+        assert not runtime.exists()
+        assert not any(lives(pid) for pid in pids)
+        for command in (["ps"], ["scale", "2"], ["down"], ["drain", "w1"], ["restart"]):
+            assert "no farm is running" in farm.run(*command, expect=4).stderr
+        ports = (farm.state / "ports.json").read_text()
+        farm.run("up", "--workers", "2", "--json")
+        assert (farm.state / "ports.json").read_text() == ports, "the block is kept"
+        assert set(farm.states()) == {"w1", "w2"}
+
+
+def test_down_lets_requests_finish() -> None:
+    with new_farm(workers="count = 1") as farm:
+        farm.run("up")
+        answers: list[int] = []
+
+        def call() -> None:
+            answers.append(httpx.post(f"{farm.url}/work?seconds=2", timeout=20).status_code)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        until(lambda: _is_busy(farm), "the request is being worked on")
+        farm.run("down")
+        thread.join(20)
+        assert answers == [200]
+        leaves_nothing(farm)
+
+
+def _is_busy(farm: FarmUnderTest) -> bool:
+    port = farm.workers()["w1"]["port"]
+    try:
+        httpx.get(f"http://127.0.0.1:{port}/v1/health", timeout=0.3)
+    except httpx.TimeoutException:
+        return True
+    return False
+
+
+def test_down_after_the_supervisor_was_killed() -> None:
+    with new_farm() as farm, psutil.Popen(["sleep", "100"]) as stranger:
+        try:
+            farm.run("up")
+            os.kill(farm.pid_of("supervisor.supervisord"), signal.SIGKILL)
+            assert httpx.post(f"{farm.url}/work").status_code == 200, "requests still flow"
+            farm.run("down")
+            leaves_nothing(farm)
+            assert lives(stranger.pid)
+        finally:
+            stranger.kill()
+
+
+def test_two_farms_side_by_side() -> None:
+    with new_farm() as one, new_farm() as two:
+        # One home for both, as two farms of one user have it.
+        shutil.rmtree(two.folder.parent / "home", ignore_errors=True)
+        home = one.folder.parent / "home"
+        home.mkdir(exist_ok=True)
+        (two.folder.parent / "home").symlink_to(home)
+        one.run("up")
+        two.run("up")
+        blocks = [set(json.loads((f.state / "ports.json").read_text())) for f in (one, two)]
+        assert blocks[0].isdisjoint(blocks[1])
+        pids = two.pids()
+        with two.load() as load:
+            one.run("scale", "4")
+            one.run("restart")
+            one.run("down")
+        load.check()
+        assert two.pids() == pids
+        leaves_nothing(one)
+
+
+def test_a_worker_that_cannot_load_fails_once_and_clearly() -> None:
+    with new_farm(workers="count = 3", options=("--fail", "weights are missing")) as farm:
+        failed = farm.run("up", expect=1)
+        assert "w1 could not load: weights are missing" in failed.stderr
+        workers = farm.workers()
+        assert workers["w1"]["state"] == "failed"
+        assert workers["w1"]["restarts"] == 0
+        assert (farm.state / "logs/w1.log").read_text().count("weights") == 1
+        assert httpx.post(f"{farm.url}/work").status_code == 503
+        farm.configure(foreign(farm.port, workers="count = 3"))
+        farm.run("up")
+        assert set(farm.states().values()) == {"ready"}
+
+
+def test_a_command_that_is_not_there_is_told() -> None:
+    with new_farm() as farm:
+        text = (farm.folder / "gpufarm.toml").read_text()
+        farm.configure(text.replace(json.dumps(sys.executable), '"no-such-program"'))
+        told = farm.run("up", expect=1).stderr
+        assert "cannot run no-such-program" in told
+        assert "model.command" in told
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with new_farm() as farm, socket.create_server(("127.0.0.1", farm.port)):
+        told = farm.run("up", expect=2).stderr.splitlines()
+        assert len(told) == 1
+        assert f"port = {farm.port}" in told[0]
+        assert "--port" in told[0]
+        assert farm.processes() == []
+
+
+def test_a_stranger_on_a_slots_port_gets_no_requests() -> None:
+    with new_farm(workers="count = 1") as farm:
+        farm.run("up")
+        port = json.loads((farm.state / "plan.json").read_text())["slots"][1]["port"]
+        with socket.create_server(("127.0.0.1", port)):
+            told = farm.run("scale", "2", expect=1).stderr
+            assert "its port is taken by" in told
+            assert str(port) in told
+        farm.run("scale", "2")
+
+
+def test_the_foreground_shows_all_logs_and_drains_on_sigterm(tmp_path: Path) -> None:
+    with new_farm() as farm:
+        output = tmp_path / "output"
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                farm.command("up", "--foreground"),
+                cwd=farm.folder,
+                env=farm.environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            until(lambda: "workers are ready at" in output.read_text(), "it is ready")
+            text = output.read_text()
+            assert 'w1 | {"standin": "w1"' in text
+            assert "controller | " in text
+            assert "already runs" in farm.run("up", "-f", expect=1).stderr
+            process.terminate()
+            assert process.wait(30) == 0
+            leaves_nothing(farm)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_the_foreground_ends_with_1_when_nothing_can_be_loaded() -> None:
+    with new_farm(options=("--fail", "no weights")) as farm:
+        done = farm.run("up", "--foreground", expect=1)
+        assert "could not load: no weights" in done.stdout
+        leaves_nothing(farm)
+
+
+@pytest.mark.parametrize("user", ["this user", "another user"])
+def test_a_60_mb_body_goes_through(user: str) -> None:
+    with new_farm(workers="count = 1") as farm:
+        if user == "another user":
+            hand_over(farm)
+        farm.run("up")
+        body = os.urandom(MEGABYTE) * 60
+        answer = httpx.post(f"{farm.url}/size", content=body, timeout=60)
+        assert answer.json() == {
+            "bytes": 60 * MEGABYTE,
+            "sha256": hashlib.sha256(body).hexdigest(),
+        }
+        farm.run("down")
+        leaves_nothing(farm)
+
+
+def hand_over(farm: FarmUnderTest) -> None:
+    """Let the farm be run by nobody in particular."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    base = farm.folder.parent
+    (base / "home").mkdir(exist_ok=True)
+    for path in [base, *base.rglob("*")]:
+        shutil.chown(path, NOBODY, NOBODY)
+    farm.command_prefix = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+    # This interpreter may lie in root's home; the system's runs the same packages.
+    system = f"/usr/bin/python3.{sys.version_info.minor}"
+    packages = sysconfig.get_paths()["purelib"]
+    farm.more_environment = {"PYTHONPATH": f"{REPOSITORY}:{packages}"}
+    for interpreter in (sys.executable, system):
+        farm.interpreter = interpreter
+        tried = subprocess.run(
+            farm.python("-c", "import os, pydantic, aiohttp; os.stat(os.sys.executable)"),
+            cwd=farm.folder,
+            env=farm.environment,
+            capture_output=True,
+            check=False,
+        )
+        if tried.returncode == 0:
+            text = (farm.folder / "gpufarm.toml").read_text()
+            farm.configure(text.replace(json.dumps(sys.executable), json.dumps(interpreter)))
+            return
+    pytest.skip("no interpreter that another user may run")
+
+
+def test_two_commands_at_once_do_not_meet() -> None:
+    with new_farm(options=("--load-seconds", "2"), workers="count = 1") as farm:
+        first = subprocess.Popen(farm.command("up"), cwd=farm.folder, env=farm.environment)
+        try:
+            until((farm.state / "farm.json").exists, "the first has begun")
+            assert "another gpufarm command" in farm.run("up", expect=1).stderr
+            assert first.wait(60) == 0
+        finally:
+            first.kill()
+            first.wait()
+
+
+def test_the_deadline_of_a_load() -> None:
+    text = foreign(port := free_port(), workers="count = 1", options=("--load-seconds", "60"))
+    with new_farm(text.replace("load_timeout = 30", "load_timeout = 2")) as farm:
+        farm.port = port
+        assert "was not ready within 2 s" in farm.run("up", expect=1).stderr
+        assert farm.workers()["w1"]["pid"] is None
