@@ -25,6 +25,7 @@ from tests.waiting import free_port, until
 STANDIN = Path(__file__).parent.parent / "standin.py"
 REPOSITORY = STANDIN.parent.parent
 COMMAND_SECONDS = 120
+JSON = {"Content-Type": "application/json"}
 
 
 @dataclass
@@ -152,7 +153,7 @@ class FarmUnderTest:
 
         def call(client: httpx.Client) -> None:
             try:
-                answer = client.post(path, content=body)
+                answer = client.post(path, content=body, headers=JSON)
                 with lock:
                     load.statuses[answer.status_code] += 1
                     load.workers[answer.headers.get("X-Worker-Id", "")] += 1

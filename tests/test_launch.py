@@ -1,0 +1,153 @@
+"""How a worker is started: what the configuration says, filled in, and nothing inherited."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.config import Settings, load
+from launcher.inventory import Device, Footprint, Host
+from launcher.launch import digest, filled, launch, launches, worker_spec
+from launcher.planning import Limits, plan
+from launcher.state import write_json
+
+GPU = Device(id="GPU-1234", name="A card", kind="gpu", total=24 * 2**30, free=24 * 2**30)
+CPU = Device(id="cpu", name="CPU", kind="cpu", total=2**34, free=2**34)
+
+
+def settings(tmp_path: Path, text: str = "", **overrides: Any) -> Settings:
+    """Overrides are dotted, with two underscores for a dot."""
+    file = tmp_path / "gpufarm.toml"
+    file.write_text(text)
+    dotted = {name.replace("__", "."): value for name, value in overrides.items()}
+    return load(file, dotted, {"HOME": str(tmp_path)})
+
+
+COMMAND = """
+[model]
+command = ["python", "s.py", "--listen", "{host}:{port}", "--d={device}", '{"a": "{x}"}', "{gpu}"]
+environment = { NAME = "worker {id}", OMP_NUM_THREADS = "7" }
+[workers]
+threads = 3
+[footprint]
+bytes = "1GiB"
+"""
+
+
+def test_a_foreign_command_is_filled_in(tmp_path: Path) -> None:
+    given = settings(tmp_path, COMMAND)
+    on_gpu = launch(given, GPU, id="w2", port=21002, spec=tmp_path, cache=tmp_path / "c")
+    assert on_gpu.argv == (
+        *("python", "s.py", "--listen", "127.0.0.1:21002", "--d=cuda:0"),
+        *('{"a": "{x}"}', "GPU-1234"),
+    )
+    assert on_gpu.environment["CUDA_VISIBLE_DEVICES"] == "GPU-1234"
+    assert on_gpu.environment["NAME"] == "worker w2"
+    assert on_gpu.environment["OMP_NUM_THREADS"] == "7", "the user's word is last"
+    assert on_gpu.environment["MKL_NUM_THREADS"] == "3"
+    assert on_gpu.folder == str(tmp_path)
+    on_cpu = launch(given, CPU, id="w2", port=1, spec=tmp_path, cache=tmp_path)
+    assert on_cpu.environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert "--d=cpu" in on_cpu.argv
+
+
+def test_a_class_is_started_by_this_interpreter(tmp_path: Path) -> None:
+    begin = launch(
+        settings(tmp_path), CPU, id="w1", port=21001, spec=tmp_path / "s", cache=tmp_path
+    )
+    assert begin.argv[:4] == (sys.executable, "-P", "-m", "workers")
+    pairs = dict(zip(begin.argv[4::2], begin.argv[5::2], strict=True))
+    assert pairs == {
+        "--spec": str(tmp_path / "s"),
+        "--id": "w1",
+        "--host": "127.0.0.1",
+        "--port": "21001",
+        "--device": "cpu",
+    }
+
+
+def test_the_spec_is_json_and_names_the_files_folder(tmp_path: Path) -> None:
+    text = '[model]\ntarget = "a.b:C"\nargs = { size = 3 }\n[workers]\npath = ["more"]'
+    spec = worker_spec(settings(tmp_path, text), tmp_path / "cache")
+    assert json.loads(json.dumps(spec)) == spec
+    assert spec["path"] == [str(tmp_path), str(tmp_path / "more")]
+    assert spec["model"]["args"] == {"size": 3}
+
+
+def test_the_digest_changes_with_what_is_served_and_with_nothing_else(tmp_path: Path) -> None:
+    base = digest(settings(tmp_path), tmp_path)
+    assert digest(settings(tmp_path, port=9000), tmp_path) == base
+    assert digest(settings(tmp_path, workers__count=3), tmp_path) == base
+    changes: list[dict[str, Any]] = [
+        {"workers__line": 3},
+        {"workers__threads": 2},
+        {"model__name": "other"},
+    ]
+    for changed in changes:
+        assert digest(settings(tmp_path, **changed), tmp_path) != base
+    foreign = digest(settings(tmp_path, COMMAND), tmp_path)
+    assert foreign != base
+    assert digest(settings(tmp_path, COMMAND, workers__line=3), tmp_path) == foreign
+
+
+def test_only_our_placeholders_are_filled() -> None:
+    values = {"port": "1", "id": "w1"}
+    assert filled("{port} {id} {other} ${HOME} {} {port", values) == "1 w1 {other} ${HOME} {} {port"
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """A state directory whose first slot runs a command that tells its environment."""
+    code = "import json,os,sys; print(json.dumps([dict(os.environ), os.getcwd(), sys.argv]))"
+    given = settings(tmp_path)
+    model = given.model.model_copy(
+        update={"target": "", "command": (sys.executable, "-c", code, "{port}")}
+    )
+    given = given.model_copy(update={"model": model})
+    planned = plan([CPU], Footprint.given(2**20), Host(cores=1), Limits(count=1, max=2))
+    planned = planned.with_ports([21001, 21002])
+    write_json(tmp_path / "slots.json", launches(given, planned, tmp_path, tmp_path / "cache"))
+    return tmp_path
+
+
+def slot(state: Path, number: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "launcher.slot", "--state", str(state), "--slot", number],
+        env={**os.environ, "SUPERVISOR_SERVER_URL": "unix:///here"},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_a_slot_becomes_its_worker(state: Path) -> None:
+    environment, folder, argv = json.loads(slot(state, "2").stdout)
+    assert argv == ["-c", "21002"]
+    assert folder == str(state)
+    assert environment["GPUFARM_WORKER_ID"] == "w2"
+    assert environment["GPUFARM_CACHE_DIR"] == str(state / "cache")
+    assert environment["SUPERVISOR_SERVER_URL"] == "unix:///here", "by which orphans are known"
+
+
+def test_a_slot_that_is_not_planned_is_3_and_one_line(state: Path) -> None:
+    done = slot(state, "9")
+    assert done.returncode == 3
+    assert len(done.stderr.splitlines()) == 1
+    assert "gpufarm up" in done.stderr
+
+
+def test_launches_follow_the_plan(tmp_path: Path) -> None:
+    devices = [GPU, replace(GPU, id="GPU-5678")]
+    planned = plan(devices, Footprint.given(2**30), Host(), Limits(count=2, max=4))
+    made = launches(settings(tmp_path), planned.with_ports(range(1, 5)), tmp_path, tmp_path)
+    seen = [made[f"w{n}"]["environment"]["CUDA_VISIBLE_DEVICES"] for n in (1, 2, 3, 4)]
+    assert seen == ["GPU-1234", "GPU-5678", "GPU-1234", "GPU-5678"]
