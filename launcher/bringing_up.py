@@ -129,10 +129,10 @@ class Up:
         old, new = running.settings, self.settings
         if (old.host, old.port) != (new.host, new.port):
             check_port(new)
-        plan = running.plan
+        plan, admin_port = running.plan, running.admin_port
         if planned_from(old) != planned_from(new):
-            plan = self._replan(running)
-        farm = replace(running, settings=new, plan=plan)
+            plan, admin_port = self._replan(running)
+        farm = replace(running, settings=new, plan=plan, admin_port=admin_port)
         changes = farms.render(farm)
         farms.save(farm)
         if changes.supervisor:
@@ -153,18 +153,21 @@ class Up:
                 self.say(f"warning: {warning}")
         return farm
 
-    def _replan(self, running: Farm) -> Plan:
-        """A plan for what a running farm may use: what is free, and what its workers hold."""
+    def _replan(self, running: Farm) -> tuple[Plan, int]:
+        """A plan for what a running farm may use: what is free, and what its workers hold.
+
+        With it the controller's port: a larger `workers.max` may need another block, and then the
+        supervisor's file changes as well and everything is started anew.
+        """
         held: Counter[str] = Counter()
         for worker in retried(Client(running).workers)["workers"]:
             held[worker["device"]] += worker["memory_bytes"] or 0
         plan = make_plan(self.settings, self.state, self.say, held)
         block = self.state.ports()
-        if len(plan.slots) > len(block) - 1:
-            fitting = block if len(block) > self.settings.workers.max else ()
-            block = ports.choose(self.state.path, self.settings.workers.max + 1, fitting)
-            self.state.record_ports((running.admin_port, *block[1:]))
-        return plan.with_ports(block[1:])
+        if self.settings.workers.max >= len(block):
+            block = ports.choose(self.state.path, self.settings.workers.max + 1)
+            self.state.record_ports(block)
+        return plan.with_ports(block[1:]), block[0]
 
     def wait(self, farm: Farm) -> dict[str, Any]:
         """Wait until every worker is ready, telling what happens. Returns `GET /workers`.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -298,12 +299,31 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(DONE)
     except Exception as error:
         code = _exit_code(error)
         if code is None:
-            raise
+            _explain_mistake(error)
+            sys.exit(FAILED)
         print(f"gpufarm: {error}", file=sys.stderr)
         sys.exit(code)
+
+
+def _explain_mistake(error: Exception) -> None:
+    """An error that nobody expected: one line for the user, a file for whoever mends it."""
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="gpufarm-error-", suffix=".txt", delete=False
+    ) as file:
+        traceback.print_exception(error, file=file)
+    print(
+        f"gpufarm: {type(error).__name__}: {error} (unexpected; details in {file.name})",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 from typing import Any
 
 from launcher import farm as farms
@@ -12,6 +13,7 @@ from launcher.state import StateDir
 from launcher.supervisor import Supervisor
 
 TIMEOUT = 30.0
+BACK_SECONDS = 5.0
 
 
 class NotRunningError(Exception):
@@ -58,6 +60,7 @@ class Client:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=TIMEOUT)
         try:
             text = None if body is None else json.dumps(body)
+            self._connect(connection)
             connection.request(method, path, text, {"Content-Type": "application/json"})
             answer = connection.getresponse()
             data = json.loads(answer.read())
@@ -68,6 +71,19 @@ class Client:
         if answer.status >= 300:
             raise RefusedError(data["error"]["message"], answer.status)
         return dict(data)
+
+    @staticmethod
+    def _connect(connection: http.client.HTTPConnection) -> None:
+        """A controller that died is back within a second or two; nothing was sent yet."""
+        deadline = time.monotonic() + BACK_SECONDS
+        while True:
+            try:
+                connection.connect()
+                return
+            except ConnectionRefusedError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
 
 
 def running_farm(state: StateDir) -> Farm:

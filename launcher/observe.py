@@ -16,7 +16,7 @@ from launcher.inventory import Device
 from launcher.nvml import Driver
 from launcher.probe import READY_BELOW, NoAnswerError, get
 from launcher.reconcile import Memory, Seen
-from launcher.supervisor import LOGS, ProcessInfo, Supervisor
+from launcher.supervisor import GRACE_AFTER_REQUEST, LOGS, ProcessInfo, Supervisor
 
 PROBE_SECONDS = 2.0
 MEMORY_SECONDS = 30.0
@@ -53,7 +53,9 @@ class Observer:
         record = memory.of(id_)
         resting = record.state in ("stopped", "failed")
         may_start = wanted and record.state == "stopped"
-        clear = self._is_clear(id_) if may_start else True
+        clear = self._is_clear(id_, drained=record.crashes == 0) if may_start else True
+        if not may_start:
+            self._sweep(id_)
         taken = clear and may_start and not ports.is_free(port)
         return Seen(
             exit_code=info.exit_code if info.started else None,
@@ -62,13 +64,18 @@ class Observer:
             last_words="" if resting else last_line(self.farm.state.path / LOGS / f"{id_}.log"),
         )
 
-    def _is_clear(self, id_: str) -> bool:
-        """Whether nothing is left of the slot's last worker; ends what is."""
+    def _is_clear(self, id_: str, drained: bool) -> bool:
+        """Whether nothing is left of the slot's last worker; ends what is.
+
+        ``drained``: it was told to end. Then a server whose wrapper has gone already may finish.
+        """
         if id_ in self._clear:
             return True
         since = self._gone_since.setdefault(id_, time.monotonic())
-        left = orphans.children_of(self.farm.socket, id_)
-        orphans.kill(left)
+        if left := orphans.children_of(self.farm.socket, id_):
+            if drained and time.monotonic() - since < self._grace:
+                return False
+            orphans.kill(left)
         slot = next(slot for slot in self.farm.plan.slots if slot.id == id_)
         device = self.farm.plan.device_of(slot)
         waited = time.monotonic() - since
@@ -76,6 +83,19 @@ class Observer:
             return False
         self._clear.add(id_)
         return True
+
+    @property
+    def _grace(self) -> float:
+        return self.farm.settings.workers.request_timeout + GRACE_AFTER_REQUEST
+
+    def _sweep(self, id_: str) -> None:
+        """End what a stopped worker's process has left behind, once it had time to finish."""
+        if id_ in self._clear or id_ not in self._last_pid:
+            return
+        since = self._gone_since.setdefault(id_, time.monotonic())
+        if time.monotonic() - since > self._grace:
+            orphans.kill(orphans.children_of(self.farm.socket, id_))
+            self._clear.add(id_)
 
     def _memory_is_back(self, id_: str, device: Device) -> bool:
         driver = Driver.open()

@@ -247,6 +247,48 @@ def test_two_commands_at_once_do_not_meet() -> None:
             first.wait()
 
 
+def test_another_port_and_more_slots_of_a_running_farm() -> None:
+    with new_farm(workers="count = 1") as farm:
+        farm.run("up")
+        pids, old = farm.pids(), farm.port
+        farm.port = free_port()
+        farm.configure(foreign(farm.port, workers="count = 1"))
+        farm.run("up")
+        assert farm.pids() == pids, "nginx alone had to know"
+        assert httpx.post(f"{farm.url}/work").status_code == 200
+        until(lambda: not listens(old), "the old port is closed")
+        text = foreign(farm.port, workers="count = 1").replace("max = 4", "max = 6")
+        farm.configure(text)
+        assert "started anew" in farm.run("up").stderr
+        farm.run("scale", "6")
+        assert len(farm.pids()) == 6
+        assert httpx.post(f"{farm.url}/work").status_code == 200
+        farm.run("down")
+        leaves_nothing(farm)
+
+
+def test_a_server_behind_a_shell_loses_nothing_and_leaves_nothing() -> None:
+    with new_farm() as farm:
+        text = (farm.folder / "gpufarm.toml").read_text()
+        line = next(line for line in text.splitlines() if line.startswith("command"))
+        words = json.loads(line.partition("=")[2])
+        script = " ".join(words) + "; exit $?"
+        farm.configure(text.replace(line, f"command = {json.dumps(['sh', '-c', script])}"))
+        farm.run("up")
+        with farm.load() as load:
+            farm.run("restart")
+            farm.run("scale", "1")
+        load.check()
+        shell = farm.pids()["w1"]
+        server = psutil.Process(shell).children()[0].pid
+        os.kill(shell, signal.SIGKILL)
+        until(lambda: farm.pids().get("w1", shell) != shell, "a new worker")
+        farm.wait_for(w1="ready")
+        assert not lives(server), "what the shell left behind was ended first"
+        farm.run("down")
+        leaves_nothing(farm)
+
+
 def test_the_deadline_of_a_load() -> None:
     text = foreign(port := free_port(), workers="count = 1", options=("--load-seconds", "60"))
     with new_farm(text.replace("load_timeout = 30", "load_timeout = 2")) as farm:
