@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config import Settings
+from launcher.config import Settings, WorkersSettings
+from launcher.supervisor import GRACE_AFTER_REQUEST
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("balancer", "launcher", "loadtest", "workers")
@@ -85,3 +86,10 @@ def test_compose_hands_every_key_on() -> None:
         keys |= {f"GPUFARM_{name}__{key}".upper() for key in section or ()}
         keys |= set() if section else {f"GPUFARM_{name}".upper()}
     assert named == keys
+
+
+def test_the_container_is_given_the_time_to_drain() -> None:
+    """nginx first, then the workers, each until supervisord would kill it."""
+    text = (REPOSITORY / "docker-compose.yml").read_text("utf-8")
+    (grace,) = re.findall(r"STOP_GRACE_PERIOD:-(\d+)s", text)
+    assert int(grace) > 2 * (WorkersSettings().request_timeout + GRACE_AFTER_REQUEST) + 10

@@ -1,0 +1,65 @@
+"""What cannot work says so in one line, with its exit code, and is not tried for ever."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.compose.project import FARMS, Project, project, the_farm
+
+BAD_CONFIGURATION, DOES_NOT_FIT = 2, 3
+TRIES = 4
+"""The first, and the three that the compose file allows."""
+
+
+def ends_clearly(farm: Project, code: int, *told: str) -> None:
+    """The container is given up with ``code``, having said the same line at every start."""
+    farm.compose("up", "-d", "--no-build", "--pull", "never")
+    state = farm.wait_until_given_up()
+    lines = [line for line in farm.logs() if line.startswith("gpufarm: ")]
+    assert state["State"]["ExitCode"] == code, farm.logs()
+    assert not any("Traceback" in line for line in farm.logs())
+    assert len(lines) == TRIES
+    assert len(set(lines)) == 1
+    for words in told:
+        assert words in lines[0]
+
+
+def override(folder: Path, text: str) -> Path:
+    path = folder / "override.yml"
+    path.write_text(f"services:\n  farm:\n{text}")
+    return path
+
+
+def test_a_key_that_is_misspelt() -> None:
+    with project("misspelt", FARMS / "misspelt") as farm:
+        ends_clearly(farm, BAD_CONFIGURATION, "workers.cuont", "workers.count")
+
+
+def test_a_variable_with_a_wrong_value() -> None:
+    with project("wrong", GPUFARM_WORKERS__COUNT="-1") as farm:
+        ends_clearly(farm, BAD_CONFIGURATION, "GPUFARM_WORKERS__COUNT", "-1")
+
+
+def test_a_volume_that_cannot_be_written(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    file = override(tmp_path, f"    volumes:\n      - {state}:/var/lib/gpufarm\n")
+    with project("unwritable", override=file) as farm:
+        ends_clearly(farm, BAD_CONFIGURATION, "/var/lib/gpufarm", "Permission denied")
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    """By the first farm, in the network that both are given."""
+    port = the_farm().port
+    file = override(tmp_path, "    network_mode: host\n    ports: !reset []\n")
+    with project("taken", override=file) as farm:
+        ends_clearly(farm, BAD_CONFIGURATION, f"port = {port}", "--port")
+
+
+@pytest.mark.parametrize("footprint", ["7GiB", ""], ids=["given", "unknown"])
+def test_a_memory_limit_in_which_no_worker_fits(tmp_path: Path, footprint: str) -> None:
+    file = override(tmp_path, "    mem_limit: 600m\n")
+    with project("small", override=file, GPUFARM_FOOTPRINT__BYTES=footprint) as farm:
+        ends_clearly(farm, DOES_NOT_FIT, "MiB")

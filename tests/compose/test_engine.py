@@ -1,0 +1,53 @@
+"""The image built and the compose file brought up by a real engine.
+
+``GPUFARM_TEST_COMPOSE`` names the tool that brings one: called with the project's folder and a
+command, it builds, ends `docker-compose up --wait`, runs the command where the published ports
+answer, and takes everything down again. It exits 77 where no engine can run.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.compose.conftest import INSIDE
+
+REPOSITORY = Path(__file__).parent.parent.parent
+TOOL = "GPUFARM_TEST_COMPOSE"
+NO_ENGINE = 77
+DEADLINE_SECONDS = 40 * 60
+
+pytestmark = pytest.mark.skipif(
+    bool(os.environ.get(INSIDE)), reason="this is what has called the tool"
+)
+
+
+@pytest.mark.compose
+@pytest.mark.timeout(DEADLINE_SECONDS + 60)
+def test_image_and_compose_file_on_a_real_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    tool = os.environ.get(TOOL)
+    if not tool:
+        pytest.skip(f"{TOOL} names no tool that brings up a container engine")
+    inner = [sys.executable, "-m", "pytest", str(Path(__file__).parent / "inside")]
+    # In the order in which they stand: they tell one farm's story.
+    inner += ["-v", "--maxfail=3", "-p", "no:randomly", "-p", "no:cacheprovider"]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("GPUFARM_")}
+    # An image index that cannot be reached is no part of what is tested.
+    environment = kept | {INSIDE: "1", "TORCH_INDEX": ""}
+    with capsys.disabled():
+        print(f"\n{tool}")
+        done = subprocess.run(
+            [tool, str(REPOSITORY), *inner],
+            cwd=REPOSITORY,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            timeout=DEADLINE_SECONDS,
+            check=False,
+        )
+    if done.returncode == NO_ENGINE:
+        pytest.skip(f"{tool}: no container engine can run on this machine")
+    assert done.returncode == 0, f"{tool} ended with {done.returncode}; its output stands above"
