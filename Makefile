@@ -60,4 +60,4 @@ format: setup ## put the sources in order
 	$(BIN)/ruff check --fix .
 
 loadtest: setup ## two minutes of load, a table and a report
-	$(BIN)/python -m loadtest
+	$(BIN)/python -m loadtest.stepped
