@@ -18,8 +18,8 @@ from launcher import observe, orphans
 from launcher.config import load
 from launcher.farm import Farm
 from launcher.inventory import Device, Footprint, Host, Tenant
-from launcher.observe import Observer, device_memory, last_line, listener_of, tree_memory
 from launcher.nvml import Driver
+from launcher.observe import Observer, device_memory, last_line, listener_of, tree_memory
 from launcher.planning import Limits, plan
 from launcher.reconcile import Memory, Record
 from launcher.state import StateDir
