@@ -34,7 +34,7 @@ def test_image_and_compose_file_on_a_real_engine(capsys: pytest.CaptureFixture[s
         pytest.skip(f"{TOOL} names no tool that brings up a container engine")
     inner = [sys.executable, "-m", "pytest", str(Path(__file__).parent / "inside")]
     # In the order in which they stand: they tell one farm's story.
-    inner += ["-v", "--maxfail=3", "-p", "no:randomly", "-p", "no:cacheprovider"]
+    inner += ["-v", "--maxfail=3", "--timeout=420", "-p", "no:randomly", "-p", "no:cacheprovider"]
     kept = {k: v for k, v in os.environ.items() if not k.startswith("GPUFARM_")}
     # An image index that cannot be reached is no part of what is tested.
     environment = kept | {INSIDE: "1", "TORCH_INDEX": ""}
