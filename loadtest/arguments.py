@@ -130,11 +130,11 @@ def _add_load(group: Any) -> None:
 def _add_thresholds(group: Any) -> None:
     _add(
         group,
-        "--max-p95-ms",
+        "--max-latency-ms",
         type=limit_text,
         default="",
         metavar="MS",
-        help="95 %% of requests are answered within so many milliseconds",
+        help="p95: 95 percent of requests are answered within so many milliseconds",
     )
     _add(
         group,
@@ -158,7 +158,7 @@ def _add_thresholds(group: Any) -> None:
         type=limit_text,
         default="",
         metavar="FACTOR",
-        help="95 %% of speech requests take at most so many seconds per second of audio, "
+        help="p95: 95 percent of speech requests take at most so many seconds per second of audio, "
         "waiting included",
     )
 
@@ -223,5 +223,5 @@ def check(options: Any) -> None:
     positive(str(options.step_seconds))
     json_text(options.predict_body)
     steps(options.steps)
-    for threshold in ("p95_ms", "failure_share", "refused_share", "real_time_factor"):
+    for threshold in ("latency_ms", "failure_share", "refused_share", "real_time_factor"):
         limit(getattr(options, f"max_{threshold}"))

@@ -14,6 +14,7 @@ from typing import Any
 
 import gevent
 import locust.stats
+import locust.web
 from locust import events
 from locust.exception import CatchResponseError
 from locust.runners import MasterRunner, WorkerRunner
@@ -104,10 +105,9 @@ class Wiring:
 
     def _follow_page(self, app: Any) -> None:
         """Steps can also be given, changed and taken away on the page."""
-        from flask import request  # noqa: PLC0415 - comes with Locust's page, and only with it
-
         def before() -> None:
             idle = self._runner.state in ("ready", "stopped")
+            request = locust.web.request
             starting = request.method == "POST" and request.path.endswith("/swarm")
             if idle and starting and not self._environment.web_ui.userclass_picker_is_active:
                 self._choose_shape(request.form.get("steps", self._options.steps))

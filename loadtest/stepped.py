@@ -28,7 +28,7 @@ from loadtest.table import render
 
 FAILED, NO_FARM = 1, 4
 LOCUSTFILE = Path(__file__).resolve().parent / "locustfile.py"
-_THRESHOLDS = ("max_p95_ms", "max_failure_share", "max_refused_share", "max_real_time_factor")
+_THRESHOLDS = ("max_latency_ms", "max_failure_share", "max_refused_share", "max_real_time_factor")
 
 
 class RunError(Exception):

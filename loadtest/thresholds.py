@@ -33,13 +33,13 @@ def judge(options: Any, stats: Any) -> list[Verdict]:
     refused = sum(entry.num_requests for entry in _rows(stats, REFUSED_ROW))
     asked = total.num_requests + refused
     values = {
-        "max_p95_ms": total.get_response_time_percentile(0.95) if answered else None,
+        "max_latency_ms": total.get_response_time_percentile(0.95) if answered else None,
         "max_failure_share": total.num_failures / asked if asked else None,
         "max_refused_share": refused / asked if asked else None,
         "max_real_time_factor": _factor(stats),
     }
     names = {
-        "max_p95_ms": "p95 of latency in ms",
+        "max_latency_ms": "p95 of latency in ms",
         "max_failure_share": "share of failed requests",
         "max_refused_share": "share of refused requests",
         "max_real_time_factor": "p95 of the real-time factor, waiting included",
