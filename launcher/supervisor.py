@@ -166,9 +166,12 @@ class Supervisor:
     """supervisord's answers and orders. Blocking; one thread at a time."""
 
     def __init__(self, socket_path: Path) -> None:
-        self._proxy = xmlrpc.client.ServerProxy(
-            "http://localhost", transport=_UnixTransport(socket_path)
-        )
+        self._transport = _UnixTransport(socket_path)
+        self._proxy = xmlrpc.client.ServerProxy("http://localhost", transport=self._transport)
+
+    def close(self) -> None:
+        """Let go of the connection; the next call opens another."""
+        self._transport.close()
 
     def _call(self, method: Callable[[Any], T]) -> T:
         try:
@@ -195,8 +198,11 @@ class Supervisor:
         return {info["name"]: _info(info) for info in infos}
 
     def start(self, name: str) -> None:
-        """Start one process; it need not be alive when this returns."""
-        self._fault_free(lambda rpc: rpc.startProcess(full_name(name), False), ALREADY_STARTED)
+        """Start one process; it need not be alive when this returns, nor alive any more: one that
+        ends at once is told as an error here, and what matters of it is its exit code."""
+        self._fault_free(
+            lambda rpc: rpc.startProcess(full_name(name), False), ALREADY_STARTED, SPAWN_ERROR
+        )
 
     def stop(self, name: str) -> None:
         """Send the stop signal; supervisord kills it when its time is over."""

@@ -157,6 +157,7 @@ def test_talking_to_a_real_supervisord(tmp_path: Path) -> None:
         assert process.wait(20) == 0
         assert not supervisor.alive()
     finally:
+        supervisor.close()
         process.kill()
         process.wait()
 
