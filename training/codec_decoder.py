@@ -1,9 +1,6 @@
-"""Train the codec's decoder (source and filter) and export it to ONNX.
+"""Train the network that smooths dequantised codes, and export the codec's decoder to ONNX.
 
-    python -m training.codec_decoder --out build/voice --steps 1500
-
-It learns from dequantised codes, so that it makes up for what the codebooks lose. The loss
-compares magnitudes of spectra at several resolutions: phase is the sources' business.
+    python -m training.codec_decoder --out build/voice --steps 1000
 """
 
 from __future__ import annotations
@@ -12,126 +9,151 @@ import argparse
 import json
 import math
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from training.corpus import shards
-from workers.voice.codec_decoder import PITCH_BOOK, CodecDecoder, Pitch, phase_of
+from workers.voice.codec_decoder import CodecDecoder
 from workers.voice.spectrum import HOP, STEPS
 
-RESOLUTIONS = (256, 512, 1024, 2048)
-FRAMES = 16  # of a training segment, and one more on each side that the loss does not see
-SAMPLES_A_FRAME = HOP * STEPS
+FRAMES = 32  # of a training segment
+MARGIN = 4  # frames at each end that the loss does not see
 
 
-def log_spectrum(signal: Tensor, n_fft: int) -> Tensor:
-    window = torch.hann_window(n_fft, device=signal.device)
-    spectrum = torch.stft(signal, n_fft, n_fft // 4, window=window, return_complex=True)
-    power = torch.view_as_real(spectrum).square().sum(-1)
-    return (power / window.square().sum() + 1e-8).log()
-
-
-def loss_of(made: Tensor, real: Tensor) -> Tensor:
-    """Mean absolute difference of log power, nats, and of the loud parts' amplitude."""
-    total = torch.zeros(())
-    for n_fft in RESOLUTIONS:
-        a, b = log_spectrum(made, n_fft), log_spectrum(real, n_fft)
-        loud = ((0.5 * a).exp() - (0.5 * b).exp()).norm() / (0.5 * b).exp().norm()
-        total = total + (a - b).abs().mean() + loud
-    return total / len(RESOLUTIONS)
-
-
-def load_codec(folder: Path) -> tuple[CodecDecoder, Pitch]:
+def load_codec(folder: Path) -> CodecDecoder:
     """A fresh decoder with the quantiser's codebooks in it."""
     decoder = CodecDecoder()
     quantiser = load_file(folder / "quantiser.safetensors")
     quantiser["mel_books"] = quantiser["mel_books"].flatten(0, 1)
     _, unexpected = decoder.load_state_dict(quantiser, strict=False)
     assert not unexpected, unexpected
-    mean, std, _ = quantiser["pitch_stats"].tolist()
-    return decoder, Pitch(quantiser["pitch_book"].numpy(), mean, std)
+    return decoder
 
 
 class Segments:
-    """Random segments of the corpus: codes, phase, noise and samples."""
+    """Random segments of the corpus: codes, and the spectrogram that they were made from."""
 
-    def __init__(self, folder: Path, pitch: Pitch, seed: int) -> None:
+    def __init__(self, folder: Path, decoder: CodecDecoder, seed: int) -> None:
         with np.load(folder / "codes.npz") as data:
-            self.codes, counts = data["codes"].astype(np.int64), data["counts"]
-        parts = list(shards(folder / "corpus"))
-        self.samples = np.concatenate([samples for samples, _ in parts])
-        lengths = np.array([line["samples"] for _, lines in parts for line in lines])
-        self.first_sample = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+            self.codes, counts = torch.from_numpy(data["codes"]).long(), data["counts"]
+        with np.load(folder / "features.npz") as data:
+            self.mel = torch.from_numpy(data["mel"])
+            lengths = [line["steps"] for line in json.loads(str(data["lines"]))]
         self.first_frame = np.concatenate([[0], np.cumsum(counts)[:-1]])
-        self.usable = lengths // SAMPLES_A_FRAME
-        self.pitch = pitch
+        self.first_step = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        self.frames = np.array(lengths) // STEPS
+        self.long_enough = np.flatnonzero(self.frames >= FRAMES)
         self.rng = np.random.default_rng(seed)
-        self.long_enough = np.flatnonzero(self.usable >= FRAMES + 2)
+        self.decoder = decoder
 
-    def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        codes, phases, reals = [], [], []
+    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+        codes, mels = [], []
         for sentence in self.rng.choice(self.long_enough, size):
-            frames = FRAMES + 2
-            at = int(self.rng.integers(0, self.usable[sentence] - frames + 1))
-            frame = self.first_frame[sentence] + at
-            sample = self.first_sample[sentence] + at * SAMPLES_A_FRAME
-            part = self.codes[frame : frame + frames]
-            codes.append(part)
-            phases.append(phase_of(self.pitch.f0(part[:, PITCH_BOOK])))
-            reals.append(self.samples[sample : sample + frames * SAMPLES_A_FRAME])
-        noise = self.rng.standard_normal((size, (FRAMES + 2) * SAMPLES_A_FRAME), dtype=np.float32)
-        real = np.stack(reals).astype(np.float32) / 32768
-        return (
-            torch.from_numpy(np.stack(codes)),
-            torch.from_numpy(np.stack(phases)),
-            torch.from_numpy(noise),
-            torch.from_numpy(real),
-        )
+            at = int(self.rng.integers(0, self.frames[sentence] - FRAMES + 1))
+            frame, step = self.first_frame[sentence] + at, self.first_step[sentence] + at * STEPS
+            codes.append(self.codes[frame : frame + FRAMES])
+            mels.append(self.mel[step : step + FRAMES * STEPS].float())
+        normal = (torch.stack(mels) - self.decoder.mel_mean) / self.decoder.mel_scale
+        return torch.stack(codes), normal
 
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    decoder, pitch = load_codec(args.out)
-    segments = Segments(args.out, pitch, args.seed)
+    decoder = load_codec(args.out)
+    segments = Segments(args.out, decoder, args.seed)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=args.rate, betas=(0.9, 0.98))
-    inner = slice(SAMPLES_A_FRAME, -SAMPLES_A_FRAME)
-    begun, total, log = time.monotonic(), 0.0, []
+    inner = slice(MARGIN * STEPS, -MARGIN * STEPS)
+    begun, before, after, log = time.monotonic(), 0.0, 0.0, []
     for step in range(1, args.steps + 1):
         rate = args.rate * min(1, step / 50) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate + 1e-5
-        codes, phase, noise, real = segments.batch(args.batch)
-        loss = loss_of(decoder(codes, phase, noise)[:, inner], real[:, inner])
+        codes, real = segments.batch(args.batch)
+        loss = (decoder.spectrogram(codes) - real)[:, inner].square().mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        total += float(loss.detach())
-        if step % 50 == 0:
+        after += float(loss.detach())
+        before += float((decoder.dequantise(codes)[0] - real)[:, inner].square().mean())
+        if step % 100 == 0:
             pace = (time.monotonic() - begun) / step
-            log.append({"step": step, "loss": round(total / 50, 4)})
-            print(f"step {step}: loss {total / 50:.4f}, {pace:.2f} s a step", flush=True)
-            total = 0.0
-        if step % 250 == 0 or step == args.steps:
-            weights = {k: v.contiguous() for k, v in decoder.state_dict().items()}
-            metadata = {"training": json.dumps({"seed": args.seed, "log": log})}
-            save_file(weights, args.out / "codec_decoder.safetensors", metadata)
+            log.append({"step": step, "left": round(after / 100, 5), "of": round(before / 100, 5)})
+            print(f"{log[-1]}, {pace:.2f} s a step", flush=True)
+            before = after = 0.0
+    weights = {k: v.contiguous() for k, v in decoder.state_dict().items()}
+    metadata = {"training": json.dumps({"seed": args.seed, "log": log})}
+    save_file(weights, args.out / "codec_decoder.safetensors", metadata)
+
+
+def export(folder: Path) -> None:
+    """Write ``codec_decoder.onnx``: inputs codes and excitation, any number of frames."""
+    decoder = CodecDecoder()
+    decoder.load_state_dict(load_file(folder / "codec_decoder.safetensors"))
+    decoder.eval()
+    codes = torch.zeros(1, 8, decoder.book_offsets.numel() + 1, dtype=torch.int64)
+    excitation = torch.randn(1, 8 * STEPS * HOP)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            decoder,
+            (codes, excitation),
+            str(folder / "codec_decoder.onnx"),
+            input_names=["codes", "excitation"],
+            output_names=["samples"],
+            dynamic_axes={
+                "codes": {1: "frames"},
+                "excitation": {1: "samples"},
+                "samples": {1: "samples"},
+            },
+            opset_version=17,
+            dynamo=False,
+        )
+    share_constants(folder / "codec_decoder.onnx")
+
+
+def share_constants(path: Path) -> None:
+    """The exporter writes a constant once for each use: keep one of each."""
+    model = onnx.load(path)
+    for node in list(model.graph.node):
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            model.graph.initializer.add().CopyFrom(node.attribute[0].t)
+            model.graph.initializer[-1].name = node.output[0]
+            model.graph.node.remove(node)
+    kept: dict[bytes, str] = {}
+    renamed: dict[str, str] = {}
+    for constant in list(model.graph.initializer):
+        nameless = onnx.TensorProto()
+        nameless.CopyFrom(constant)
+        nameless.name = ""
+        first = kept.setdefault(nameless.SerializeToString(), constant.name)
+        if first != constant.name:
+            renamed[constant.name] = first
+            model.graph.initializer.remove(constant)
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = renamed.get(name, name)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/voice"))
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=1000, help="0 exports what is there")
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    train(parser.parse_args())
+    args = parser.parse_args()
+    if args.steps:
+        train(args)
+    export(args.out)
 
 
 if __name__ == "__main__":

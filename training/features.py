@@ -1,19 +1,16 @@
-"""What the codec sees of speech: a smooth spectral envelope, the pitch, and whether it is voiced.
+"""What the codec sees of speech: a log-mel spectrogram, the pitch, and how voiced it is.
 
-WORLD separates them, so the envelope does not depend on the pitch. Everything is sampled every
-12.5 ms; four such steps are one frame of the decoder (50 ms).
+Everything is sampled every 12.5 ms; a few such steps are one frame of the decoder.
 
-    python -m training.features --out build/voice
+    python -m training.features --out build/voice --sentences 16000
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import warnings
-from collections.abc import Iterator
+import math
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,64 +18,90 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.corpus import SAMPLE_RATE, shards
-from workers.voice.spectrum import HOP, N_FFT, N_MELS, mel_filters
+from workers.voice.spectrum import FLOOR, HOP, N_FFT, WINDOW, mel_filters, window
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # pyworld asks pkg_resources for its version
-    import pyworld
-
-F0_FLOOR, F0_CEIL = 80.0, 320.0  # Hz: the teacher speaks between about 120 and 260
-LOWEST = 1e-6  # of the envelope's power: below it the teacher is silent
+F0_FLOOR, F0_CEIL = 90, 300  # Hz: the teacher speaks between about 120 and 260
+CORRELATED = 640  # samples that are compared with those a period later: 40 ms
+OCTAVE_COST = 0.05  # of the longest period against the shortest
+JUMP_COST = 4.0  # of one natural logarithm of pitch between two steps
 
 
-def analyse(samples: NDArray[np.int16]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Samples at 16 kHz -> log-mel envelope (steps, N_MELS) and (steps, 2): log f0, voicing.
+def log_mel(samples: NDArray[np.float64]) -> NDArray[np.float32]:
+    """(n,) -> (n // HOP + 1, N_MELS): log of the mean power in each band, with a floor."""
+    steps = len(samples) // HOP + 1
+    padded = np.pad(samples, (WINDOW // 2, WINDOW // 2 + HOP))
+    at = np.arange(steps)[:, None] * HOP + np.arange(WINDOW)
+    spectra = np.abs(np.fft.rfft(padded[at] * window(), N_FFT)) ** 2
+    power = spectra / np.square(window()).sum() * HOP
+    return np.log(power @ mel_filters().T + FLOOR).astype(np.float32)
 
-    The pitch is carried on through unvoiced steps by interpolation, so that it has no jumps.
+
+def pitch(samples: NDArray[np.float64]) -> NDArray[np.float32]:
+    """(n,) -> (n // HOP + 1, 2): log f0 (carried through unvoiced steps), voicing in [0, 1].
+
+    Normalised cross-correlation, and the best path through it (Viterbi).
     """
-    signal = samples.astype(np.float64) / 32768
-    period = 1000 * HOP / SAMPLE_RATE
-    coarse, times = pyworld.dio(
-        signal, SAMPLE_RATE, f0_floor=F0_FLOOR, f0_ceil=F0_CEIL, frame_period=period
-    )
-    f0 = pyworld.stonemask(signal, coarse, times, SAMPLE_RATE)
-    envelope = pyworld.cheaptrick(signal, f0, times, SAMPLE_RATE, fft_size=N_FFT)
-    mel = np.log(np.maximum(envelope @ mel_filters().astype(np.float64).T, LOWEST))
-    voiced = f0 > 0
-    if voiced.any():
-        at = np.flatnonzero(voiced)
-        log_f0 = np.interp(np.arange(len(f0)), at, np.log(f0[at]))
-    else:
-        log_f0 = np.full(len(f0), np.log(170.0))
-    pitch = np.stack([log_f0, voiced.astype(np.float64)], axis=1)
-    return mel.astype(np.float32), pitch.astype(np.float32)
+    steps = len(samples) // HOP + 1
+    shortest, longest = SAMPLE_RATE // F0_CEIL, SAMPLE_RATE // F0_FLOOR
+    before = CORRELATED // 2 + longest // 2
+    padded = np.pad(samples, (before, before + longest + HOP))
+    parts = padded[np.arange(steps)[:, None] * HOP + np.arange(CORRELATED + longest)]
+    parts = parts - parts.mean(1, keepdims=True)
+    size = 2 ** math.ceil(math.log2(CORRELATED + longest))
+    first = np.fft.rfft(parts[:, :CORRELATED], size)
+    product = np.fft.irfft(np.conj(first) * np.fft.rfft(parts, size), size)[:, : longest + 1]
+    energy = np.cumsum(np.pad(parts**2, ((0, 0), (1, 0))), 1)
+    later = energy[:, CORRELATED : CORRELATED + longest + 1] - energy[:, : longest + 1]
+    correlation = product / np.sqrt(later[:, :1] * later + 1e-6 * CORRELATED)
+
+    lags = np.arange(shortest, longest + 1)
+    score = correlation[:, shortest:] - OCTAVE_COST * (lags - shortest) / (longest - shortest)
+    jumps = JUMP_COST * np.abs(np.log(lags)[:, None] - np.log(lags)[None])
+    best, back = score[0], np.zeros(score.shape, dtype=np.int64)
+    for step in range(1, steps):
+        ways = best[:, None] - jumps
+        back[step] = ways.argmax(0)
+        best = ways.max(0) + score[step]
+    path = np.zeros(steps, dtype=np.int64)
+    path[-1] = best.argmax()
+    for step in range(steps - 1, 0, -1):
+        path[step - 1] = back[step, path[step]]
+    every = np.arange(steps)
+    lag = np.clip(lags[path], 1, longest - 1)
+    left, mid, right = (correlation[every, lag + k] for k in (-1, 0, 1))
+    curve = np.minimum(left - 2 * mid + right, -1e-9)
+    shift = np.clip(0.5 * (left - right) / curve, -0.5, 0.5)
+    log_f0 = np.log(SAMPLE_RATE / (lag + shift))
+    voicing = np.clip(mid, 0, 1)
+    voiced = np.flatnonzero(voicing > 0.5)
+    if len(voiced):
+        log_f0 = np.interp(every, voiced, log_f0[voiced])
+    return np.stack([log_f0, voicing], axis=1).astype(np.float32)
 
 
-def _analyse_shard(shard: tuple[Any, list[dict[str, Any]]]) -> list[Any]:
+def _analyse_shard(shard: tuple[NDArray[np.int16], list[dict[str, Any]]]) -> list[Any]:
     samples, lines = shard
     start, found = 0, []
     for line in lines:
         stop = start + int(line["samples"])
-        found.append(analyse(samples[start:stop]))
+        signal = samples[start:stop].astype(np.float64) / 32768
+        found.append((log_mel(signal).astype(np.float16), pitch(signal)))
         start = stop
     return found
 
 
-def _with_lines(folder: Path) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
-    yield from shards(folder)
-
-
-def write(folder: Path, processes: int) -> None:
-    """Write ``features.npz``: every sentence's steps one after another, half precision."""
+def write(folder: Path, processes: int, most: int) -> None:
+    """Write ``features.npz``: every sentence's steps one after another."""
     mels, pitches, lines = [], [], []
     with ProcessPoolExecutor(processes) as pool:
-        everything = list(_with_lines(folder / "corpus"))
-        for (_, shard_lines), found in zip(
-            everything, pool.map(partial(_analyse_shard), everything), strict=True
-        ):
-            for line, (mel, pitch) in zip(shard_lines, found, strict=True):
-                mels.append(mel.astype(np.float16))
-                pitches.append(pitch)
+        parts = []
+        for part in shards(folder / "corpus"):
+            if sum(len(listed) for _, listed in parts) < most:
+                parts.append(part)
+        for (_, listed), found in zip(parts, pool.map(_analyse_shard, parts), strict=True):
+            for line, (mel, spoken) in zip(listed, found, strict=True):
+                mels.append(mel)
+                pitches.append(spoken)
                 lines.append({**line, "steps": len(mel)})
             print(f"{len(lines)} sentences", flush=True)
     np.savez(
@@ -92,9 +115,10 @@ def write(folder: Path, processes: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/voice"))
+    parser.add_argument("--sentences", type=int, default=16_000)
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
-    write(args.out, args.processes)
+    write(args.out, args.processes, args.sentences)
 
 
 if __name__ == "__main__":

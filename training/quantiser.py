@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 
 from workers.voice.spectrum import N_MELS, STEPS
 
-NUM_CODEBOOKS = 8
+NUM_CODEBOOKS = 7
 CODEBOOK_SIZE = 512
 PITCH_BOOK = 1
-VOICING_WEIGHT = 0.6  # of a voicing decision against one standard deviation of the pitch
+VOICING_WEIGHT = 0.6  # the voicing that counts as much as one standard deviation of the pitch
 
 
 def frames_of(steps: torch.Tensor, lengths: list[int]) -> torch.Tensor:
@@ -57,8 +57,8 @@ def k_means(vectors: torch.Tensor, size: int, rounds: int, seed: int) -> torch.T
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/voice"))
-    parser.add_argument("--vectors", type=int, default=150_000, help="frames that k-means sees")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--vectors", type=int, default=100_000, help="frames that k-means sees")
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     data = np.load(args.out / "features.npz")

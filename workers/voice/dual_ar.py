@@ -37,9 +37,9 @@ class DualARConfig:
     head_dim: int = 64
     intermediate_size: int = 640
     n_fast_layer: int = 2
-    num_codebooks: int = 8
+    num_codebooks: int = 7
     codebook_size: int = 512
-    max_seq_len: int = 512
+    max_seq_len: int = 1024
     """Frames of the longest sentence."""
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6

@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 SAMPLE_RATE = 16_000  # Hz
 HOP = 200  # samples of one step: 12.5 ms
-STEPS = 4  # steps of one frame: 50 ms
+STEPS = 2  # steps of one frame: 25 ms
 N_FFT = 1024
+WINDOW = 512  # samples a spectrum sees: 32 ms
+FLOOR = 1e-5  # added to the power in a band: below it is silence
 N_MELS = 80
 
 
@@ -31,3 +33,9 @@ def mel_filters() -> NDArray[np.float32]:
         if row.sum() < 0.5:
             row[np.argmin(np.abs(bins - centre))] += 0.5
     return np.asarray(filters / filters.sum(axis=1, keepdims=True), dtype=np.float32)
+
+
+@cache
+def window() -> NDArray[np.float64]:
+    """Hann, periodic: (WINDOW,)."""
+    return np.hanning(WINDOW + 1)[:-1]

@@ -1,0 +1,108 @@
+"""Word error of the voice and of its teacher, by a recogniser, on sentences nobody trained on.
+
+    python -m training.evaluate --out loadtest/results/voice [--url http://127.0.0.1:8000]
+
+pocketsphinx hears both with its own acoustic and language model; the ratio of the two errors is
+what counts, for the recogniser is far from perfect itself. Every sentence's row is written down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+from pocketsphinx import Decoder
+
+from training.corpus import HELD_OUT, say
+from workers.contract import SpeechRequest
+from workers.voice import Voice
+
+WORD = re.compile(r"[a-z']+")
+
+
+def recogniser() -> Decoder:
+    return Decoder(samprate=16000, loglevel="FATAL")
+
+
+def heard(decoder: Decoder, samples: NDArray[np.int16]) -> str:
+    """What the recogniser hears in 16 kHz samples."""
+    silence = np.zeros(3200, dtype=np.int16)
+    decoder.start_utt()
+    whole = np.concatenate([silence, samples, silence])
+    decoder.process_raw(whole.tobytes(), no_search=False, full_utt=True)
+    decoder.end_utt()
+    found = decoder.hyp()
+    return found.hypstr if found else ""
+
+
+def errors(said: str, understood: str) -> tuple[int, int]:
+    """Word edits between the two, and words said."""
+    a, b = WORD.findall(said.lower()), WORD.findall(understood.lower())
+    row = list(range(len(b) + 1))
+    for i, word in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, other in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (word != other))
+    return row[-1], len(a)
+
+
+def voice_speaker(url: str | None, temperature: float) -> Callable[[str], NDArray[np.int16]]:
+    """Speaks through a running farm, or, without a URL, in this process."""
+    if url is not None:
+
+        def ask(text: str) -> NDArray[np.int16]:
+            body = {"input": text, "response_format": "pcm", "seed": 1, "temperature": temperature}
+            answer = httpx.post(f"{url}/v1/audio/speech", json=body, timeout=60)
+            answer.raise_for_status()
+            return np.frombuffer(answer.content, dtype=np.int16)
+
+        return ask
+    voice = Voice()
+    voice.setup("cpu")
+    voice.warm_up()
+
+    def speak(text: str) -> NDArray[np.int16]:
+        request = SpeechRequest(text, voice.voices[0], seed=1, extra={"temperature": temperature})
+        return np.asarray(np.concatenate(list(voice.speak(request))) * 32767, dtype=np.int16)
+
+    return speak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("loadtest/results/voice"))
+    parser.add_argument("--url", help="of a running farm; without it the voice runs in this process")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    args = parser.parse_args()
+    decoder = recogniser()
+    speakers = {
+        "voice": voice_speaker(args.url, args.temperature),
+        "flite slt": lambda text: say(text)[0],
+    }
+    rows, totals = [], {name: [0, 0] for name in speakers}
+    for sentence in HELD_OUT.read_text().splitlines():
+        for name, speak in speakers.items():
+            understood = heard(decoder, speak(sentence))
+            wrong, words = errors(sentence, understood)
+            totals[name][0] += wrong
+            totals[name][1] += words
+            rows.append([name, sentence, understood, wrong, words])
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / "word_error.csv").open("w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(["speaker", "said", "understood", "errors", "words"])
+        writer.writerows(rows)
+    for name, (wrong, words) in totals.items():
+        print(f"{name}: word error {wrong / words:.3f} ({wrong} of {words} words)")
+    ratio = totals["voice"][0] / totals["flite slt"][0]
+    print(f"ratio {ratio:.2f}, {len(rows) // 2} sentences")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""One step of a batch-1 network, captured in CUDA graphs and replayed; on a CPU the same step runs.
+
+A captured graph reads and writes fixed addresses, so everything that changes between steps lies in
+static buffers that the step's owner keeps, and nothing in the step may wait for the device.
+A graph and its buffers serve one request at a time, on the thread that captured them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+Step = Callable[[int], None]
+"""Runs one step for a bucket: the length of the prefix that attention reads."""
+
+
+class GraphEngine:
+    """Replays ``step`` for the smallest bucket that holds the position.
+
+    ``buckets``: ascending prefix lengths; one graph is captured for each, all in one memory pool.
+    """
+
+    def __init__(self, step: Step, buckets: Sequence[int], device: torch.device) -> None:
+        if list(buckets) != sorted(set(buckets)) or not buckets:
+            raise ValueError(f"buckets must ascend, got {list(buckets)}")
+        self.step = step
+        self.buckets = list(buckets)
+        self.device = device
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    @property
+    def kind(self) -> str:
+        """``cuda-graph`` or ``eager``: what really runs."""
+        return "cuda-graph" if self._graphs else "eager"
+
+    def bucket(self, position: int) -> int:
+        """The bucket for a 0-based position; raises ValueError past the last one."""
+        for size in self.buckets:
+            if position < size:
+                return size
+        raise ValueError(f"position {position} is past the longest bucket, {self.buckets[-1]}")
+
+    def warm_up(self, rounds: int = 3) -> None:
+        """Run every bucket eagerly: kernels get loaded, workspaces allocated.
+
+        On CUDA this happens on a side stream, as capturing demands.
+        """
+        if self.device.type != "cuda":
+            for size in self.buckets:
+                self.step(size)
+            return
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for size in self.buckets:
+                for _ in range(rounds):
+                    self.step(size)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.synchronize(self.device)
+
+    def capture(self) -> None:
+        """Capture a graph for every bucket into one private pool; nothing to do on a CPU."""
+        if self.device.type != "cuda":
+            return
+        pool = torch.cuda.graph_pool_handle()
+        # The longest first: the shorter ones then fit into the memory it has reserved.
+        for size in reversed(self.buckets):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self.step(size)
+            self._graphs[size] = graph
+        torch.cuda.synchronize(self.device)
+
+    def run(self, position: int) -> None:
+        """One step at ``position``, without waiting for the device."""
+        size = self.bucket(position)
+        graph = self._graphs.get(size)
+        if graph is None:
+            self.step(size)
+        else:
+            graph.replay()

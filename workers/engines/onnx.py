@@ -1,0 +1,228 @@
+"""ONNX Runtime with a provider chain of our own: TensorRT, then CUDA, then the CPU.
+
+ONNX Runtime falls back to the CPU without a word, and ``get_providers()`` lists what is registered,
+not where nodes run. So every provider is tried on its own with explicit options, and what it took
+is read back node by node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+PROVIDERS = {
+    "tensorrt": "TensorrtExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "cpu": "CPUExecutionProvider",
+}
+REQUIREMENTS = ("any", "gpu", *PROVIDERS)
+"""``gpu`` is TensorRT or CUDA."""
+
+
+class ProviderError(RuntimeError):
+    """No provider that was asked for took the graph; the message says why, one by one."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Shapes of one input for TensorRT: the smallest, the usual and the largest."""
+
+    smallest: tuple[int, ...]
+    usual: tuple[int, ...]
+    largest: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a graph is to be run."""
+
+    device: str = "cpu"
+    """``cpu`` or ``cuda:N``."""
+    require: str | None = None
+    """One of REQUIREMENTS. None stands for ``gpu`` on a GPU and ``cpu`` on a CPU."""
+    threads: int = 1
+    cache_dir: Path | None = None
+    """Where TensorRT keeps engines and timings; None keeps none."""
+    profiles: dict[str, Profile] = field(default_factory=dict)
+    memory_limit: int | None = None
+    """Bytes of the CUDA arena."""
+    fp16: bool = False
+    """TensorRT may compute in half precision."""
+
+    @property
+    def requirement(self) -> str:
+        return self.require or ("cpu" if self.device == "cpu" else "gpu")
+
+    @property
+    def index(self) -> int:
+        return int(self.device.partition(":")[2] or 0)
+
+
+class OnnxEngine:
+    """One loaded graph. Use it on one thread at a time."""
+
+    def __init__(self, path: Path, options: Options) -> None:
+        """Raises ProviderError when the requirement is not met, or ValueError for a bad one."""
+        if options.requirement not in REQUIREMENTS:
+            raise ValueError(
+                f'require = "{options.requirement}" is unknown; use one of {", ".join(REQUIREMENTS)}'
+            )
+        self.options = options
+        self.refusals: list[str] = []
+        """Why each provider before the one in use was passed over."""
+        self.provider = ""
+        self.assignment: dict[str, int] = {}
+        """How many nodes each provider runs, read back from the session; empty where this
+        version of ONNX Runtime does not tell."""
+        for name in _chain(options):
+            found = self._attempt(path, name)
+            if found is not None:
+                self._session = found
+                self.provider = name
+                break
+        else:
+            raise ProviderError(
+                f"{path.name}: no provider meets require = "
+                f'"{options.requirement}": {"; ".join(self.refusals)}. Install onnxruntime-gpu '
+                f'with its CUDA libraries, or set require = "any" to let it fall back'
+            )
+        if self.refusals:
+            log.warning(
+                "%s runs on %s after falling back: %s",
+                path.name,
+                self.provider,
+                "; ".join(self.refusals),
+            )
+        self.inputs = [i.name for i in self._session.get_inputs()]
+        self.outputs = [o.name for o in self._session.get_outputs()]
+
+    def run(self, **inputs: NDArray[Any]) -> list[NDArray[Any]]:
+        """Named arrays in, arrays out; on a GPU by IO binding, one copy each way."""
+        binding = self._session.io_binding()
+        on_gpu = self.provider != "cpu"
+        for name, value in inputs.items():
+            array = np.ascontiguousarray(value)
+            if on_gpu:
+                held = onnxruntime.OrtValue.ortvalue_from_numpy(array, "cuda", self.options.index)
+                binding.bind_ortvalue_input(name, held)
+            else:
+                binding.bind_cpu_input(name, array)
+        for name in self.outputs:
+            if on_gpu:
+                binding.bind_output(name, "cuda", self.options.index)
+            else:
+                binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        outputs: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
+        return outputs
+
+    def health(self) -> dict[str, Any]:
+        """What is really in use, ready for JSON."""
+        found: dict[str, Any] = {"provider": self.provider, "nodes": self.assignment}
+        if self.refusals:
+            found["fallback"] = self.refusals
+        return found
+
+    def _attempt(self, path: Path, name: str) -> Any | None:
+        provider = PROVIDERS[name]
+        if provider not in onnxruntime.get_available_providers():
+            self.refusals.append(f"{name}: this build of onnxruntime has no {provider}")
+            return None
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = self.options.threads
+        settings.inter_op_num_threads = 1
+        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        try:
+            with _locked(self.options.cache_dir if name == "tensorrt" else None):
+                session = onnxruntime.InferenceSession(
+                    str(path),
+                    settings,
+                    providers=[(provider, _provider_options(name, self.options))],
+                    enable_fallback=0,
+                )
+        except Exception as error:  # whatever a provider's library raises means: next one
+            reason = " ".join(str(error).split())[:200]
+            self.refusals.append(f"{name}: {type(error).__name__}: {reason}")
+            return None
+        # A provider that failed to load is missing here, without an error.
+        if provider not in session.get_providers():
+            self.refusals.append(f"{name}: its library did not load (see the log above)")
+            return None
+        self.assignment = _assignment(session)
+        if self.assignment and not self.assignment.get(name):
+            self.refusals.append(f"{name}: it took none of the nodes ({self.assignment})")
+            return None
+        return session
+
+
+def _chain(options: Options) -> Sequence[str]:
+    """Which providers are tried, in order."""
+    required = options.requirement
+    if required in PROVIDERS:
+        return [required]
+    if options.device == "cpu":
+        return ["cpu"] if required == "any" else ["tensorrt", "cuda"]
+    return ["tensorrt", "cuda", "cpu"] if required == "any" else ["tensorrt", "cuda"]
+
+
+def _provider_options(name: str, options: Options) -> dict[str, str]:
+    chosen: dict[str, str] = {}
+    if name == "cpu":
+        return chosen
+    chosen["device_id"] = str(options.index)
+    if name == "cuda":
+        # The arena grows by what is asked for, not to the next power of two: the footprint that
+        # was measured is then the footprint.
+        chosen["arena_extend_strategy"] = "kSameAsRequested"
+        chosen["cudnn_conv_algo_search"] = "HEURISTIC"
+        chosen["use_tf32"] = "0"
+        if options.memory_limit:
+            chosen["gpu_mem_limit"] = str(options.memory_limit)
+        return chosen
+    chosen["trt_fp16_enable"] = str(int(options.fp16))
+    if options.cache_dir is not None:
+        for key in ("trt_engine_cache", "trt_timing_cache"):
+            chosen[f"{key}_enable"] = "1"
+            chosen[f"{key}_path"] = str(options.cache_dir)
+    for key in ("smallest", "usual", "largest") if options.profiles else ():
+        word = {"smallest": "min", "usual": "opt", "largest": "max"}[key]
+        chosen[f"trt_profile_{word}_shapes"] = ",".join(
+            f"{tensor}:{'x'.join(map(str, getattr(profile, key)))}"
+            for tensor, profile in options.profiles.items()
+        )
+    return chosen
+
+
+@contextlib.contextmanager
+def _locked(folder: Path | None) -> Iterator[None]:
+    """One engine build at a time: concurrent ones have raced and crashed in the field."""
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _assignment(session: Any) -> dict[str, int]:
+    read = getattr(session, "get_provider_graph_assignment_info", None)
+    if read is None:
+        return {}
+    short = {provider: name for name, provider in PROVIDERS.items()}
+    counts: dict[str, int] = {}
+    for part in read():
+        name = short.get(part.ep_name, part.ep_name)
+        counts[name] = counts.get(name, 0) + len(part.get_nodes())
+    return counts

@@ -1,0 +1,207 @@
+"""From written text to sentences of phones.
+
+Numbers are spelt out by num2words; a word's phones come from the lexicon that the teacher wrote,
+or, for a word outside it, from a small network that learned spelling from that lexicon.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from num2words import num2words
+
+from workers.contract import InvalidRequest
+from workers.voice.phones import NO_WORD, PAUSE, Phone, place
+
+DATA = Path(__file__).with_name("data")
+LONGEST_WORD = 24  # letters; longer ones are said in pieces
+LONGEST_SENTENCE = 180  # letters; longer ones are said in parts
+ABBREVIATIONS = {
+    "mr": "mister", "mrs": "missus", "ms": "miz", "dr": "doctor", "prof": "professor",
+    "st": "saint", "vs": "versus", "etc": "et cetera", "e.g": "for example", "i.e": "that is",
+    "approx": "approximately", "dept": "department", "jr": "junior", "sr": "senior",
+    "no": "number", "inc": "incorporated", "ltd": "limited", "jan": "january",
+    "feb": "february", "aug": "august", "sept": "september", "oct": "october",
+    "nov": "november", "dec": "december",
+}  # fmt: skip
+SYMBOLS = {
+    "&": " and ", "%": " percent ", "+": " plus ", "=": " equals ", "@": " at ", "#": " number ",
+    "°": " degrees ", "×": " times ", "÷": " divided by ", "/": " slash ", "*": " times ",
+    "<": " less than ", ">": " greater than ", "_": " ", "~": " about ", "|": " ",
+}  # fmt: skip
+CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen"}
+UNITS = {
+    "km": "kilometers", "cm": "centimeters", "mm": "millimeters", "kg": "kilograms",
+    "mg": "milligrams", "ms": "milliseconds", "gb": "gigabytes", "mb": "megabytes",
+    "kb": "kilobytes", "khz": "kilohertz", "hz": "hertz", "mph": "miles an hour",
+}  # fmt: skip
+NUMBER = r"\d+(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """What is decoded in one go."""
+
+    phones: list[Phone]
+    sign: str
+    """How it ends: one of ``phones.SIGNS``."""
+
+
+def _spell_number(digits: str) -> str:
+    plain = digits.replace(",", "")
+    whole, _, part = plain.partition(".")
+    if len(whole) > 15 or (len(whole) > 1 and whole[0] == "0"):
+        said = " ".join(num2words(int(d)) for d in whole)
+    elif "," not in digits and not part and len(whole) == 4 and 1100 <= int(whole) < 2000:
+        said = num2words(int(whole), to="year")
+    else:
+        said = num2words(int(whole or "0"))
+    if part:
+        said += " point " + " ".join(num2words(int(d)) for d in part[:15])
+    return f" {said} ".replace("-", " ")
+
+
+def _spell_money(match: re.Match[str]) -> str:
+    name, digits = CURRENCIES[match[1]], match[2].replace(",", "")
+    whole, _, part = digits.partition(".")
+    many = name if int(whole or 0) == 1 or name == "yen" else name + "s"
+    cents = f" and {_spell_number(part)}" if len(part) == 2 and int(part) else ""
+    return f" {_spell_number(whole or '0')} {many}{cents} "
+
+
+def _spell_ordinal(match: re.Match[str]) -> str:
+    number = match[1].replace(",", "")
+    if len(number) > 15:
+        return match[0]
+    return f" {num2words(int(number), to='ordinal')} ".replace("-", " ")
+
+
+def normalise(text: str) -> str:
+    """Lower-case words and ``, . ? !`` only. What has no sound (emoji, say) is left out."""
+    text = unicodedata.normalize("NFKC", text)
+    for curly, plain in (("’", "'"), ("‘", "'"), ("—", ", "), ("–", ", "), ("…", ". ")):  # noqa: RUF001
+        text = text.replace(curly, plain)
+    text = re.sub(r"https?://|www\.", " ", text)
+    text = re.sub(r"\b(?:[A-Za-z]\.){2,}", lambda m: " ".join(m[0].replace(".", "")) + " ", text)
+    text = re.sub(rf"({NUMBER})\s*([€£¥])", r"\2\1", text)
+    text = re.sub(rf"([$€£¥])\s*({NUMBER})", _spell_money, text)
+    text = re.sub(r"(\d[\d,]*)(?:st|nd|rd|th)\b", _spell_ordinal, text, flags=re.I)
+    text = re.sub(r"\b(\d{1,2}):(\d{2})\b", r"\1 \2", text)
+    text = re.sub(rf"({NUMBER})\s*({'|'.join(UNITS)})\b", _spell_unit, text, flags=re.I)
+    text = re.sub(r"(?<![\w.])-(?=\d)", " minus ", text)
+    text = re.sub(NUMBER, lambda m: _spell_number(m[0]), text)
+    for symbol, said in SYMBOLS.items():
+        text = text.replace(symbol, said)
+    text = unicodedata.normalize("NFKD", text)
+    text = "".join(c for c in text if not unicodedata.combining(c))
+    text = re.sub(r"\b[A-Z]{2,5}\b", _spell_acronym, text)
+    text = text.lower()
+    for short, full in ABBREVIATIONS.items():
+        text = re.sub(rf"\b{re.escape(short)}\.(?=[\s,]|$)", full, text)
+    text = re.sub(r"[;:()\[\]{}\n]+", ",", text)
+    text = re.sub(r"[^a-z',.?!]+", " ", text)
+    # A full stop inside a name is said.
+    return re.sub(r"(?<=[a-z])\.(?=[a-z])", " dot ", text).strip()
+
+
+def _spell_unit(match: re.Match[str]) -> str:
+    return f"{match[1]} {UNITS[match[2].lower()]}"
+
+
+def _spell_acronym(match: re.Match[str]) -> str:
+    return match[0] if match[0].lower() in lexicon() else " ".join(match[0])
+
+
+@cache
+def lexicon() -> dict[str, list[str]]:
+    """Word -> its phones, a stressed vowel with a 1 behind it."""
+    lines = gzip.decompress((DATA / "lexicon.txt.gz").read_bytes()).decode().splitlines()
+    return {word: phones.split() for word, _, phones in (line.partition(" ") for line in lines)}
+
+
+def word_phones(word: str, spell: Callable[[str], list[str]]) -> list[str]:
+    """The phones of one lower-case word; ``spell`` says those that the lexicon lacks."""
+    known = lexicon()
+    if word in known:
+        return known[word]
+    if word.endswith("'s") and word[:-2] in known:
+        stem = known[word[:-2]]
+        if stem[-1] in {"s", "z", "sh", "zh", "ch", "jh"}:
+            return [*stem, "ax", "z"]
+        return [*stem, "s" if stem[-1] in {"p", "t", "k", "f", "th"} else "z"]
+    return spell(word.replace("'", ""))
+
+
+def _parts(text: str) -> list[tuple[list[str], str]]:
+    """Clauses (words between commas) and the sign each ends with; a comma where none ends."""
+    found = []
+    for body, sign in re.findall(r"([^,.?!]*)([,.?!]+|$)", text):
+        words = [w for raw in body.split() for w in _pieces(raw.strip("'"))]
+        if words or (sign and found and found[-1][1] == ","):
+            last = next((c for c in reversed(sign) if c in "?!."), "," if sign else ".")
+            if words:
+                found.append((words, last))
+            elif last != ",":
+                found[-1] = (found[-1][0], last)
+    return found
+
+
+def _pieces(word: str) -> list[str]:
+    return [word[i : i + LONGEST_WORD] for i in range(0, len(word), LONGEST_WORD)]
+
+
+def sentences(
+    text: str, spell: Callable[[str], list[str]], longest: int = LONGEST_SENTENCE
+) -> list[Sentence]:
+    """Split into sentences short enough to decode; raises InvalidRequest when nothing is left."""
+    groups: list[tuple[list[list[str]], str]] = []
+    clauses: list[list[str]] = []
+    letters = 0
+    for words, sign in _parts(normalise(text)):
+        for part in _short(words, longest):
+            length = sum(len(w) + 1 for w in part)
+            if clauses and letters + length > longest:
+                groups.append((clauses, "."))
+                clauses, letters = [], 0
+            clauses.append(part)
+            letters += length
+        if sign != ",":
+            groups.append((clauses, sign))
+            clauses, letters = [], 0
+    if clauses:
+        groups.append((clauses, "."))
+    if not groups:
+        raise InvalidRequest("input has nothing that can be spoken: it needs letters or digits.")
+    return [Sentence(_phones(clauses, spell), sign) for clauses, sign in groups]
+
+
+def _short(words: list[str], longest: int) -> list[list[str]]:
+    """A clause in parts of at most ``longest`` letters, a word at least."""
+    parts, letters = [[words[0]]], len(words[0])
+    for word in words[1:]:
+        letters += len(word) + 1
+        if letters > longest:
+            parts.append([])
+            letters = len(word)
+        parts[-1].append(word)
+    return parts
+
+
+def _phones(clauses: list[list[str]], spell: Callable[[str], list[str]]) -> list[Phone]:
+    pause = Phone(PAUSE, False, NO_WORD)
+    phones = [pause]
+    for words in clauses:
+        for word in words:
+            said = word_phones(word, spell)
+            phones += [
+                Phone(p.rstrip("1"), p.endswith("1"), place(i, len(said)))
+                for i, p in enumerate(said)
+            ]
+        phones.append(pause)
+    return phones
