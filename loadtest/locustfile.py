@@ -105,6 +105,7 @@ class Wiring:
 
     def _follow_page(self, app: Any) -> None:
         """Steps can also be given, changed and taken away on the page."""
+
         def before() -> None:
             idle = self._runner.state in ("ready", "stopped")
             request = locust.web.request
@@ -156,7 +157,12 @@ class Wiring:
         verdicts = judge(self._options, self._environment.stats)
         for verdict in verdicts:
             log.log(logging.INFO if verdict.held else logging.ERROR, "threshold %s", verdict)
+        if self._environment.process_exit_code is not None:
+            return
         if not all(verdict.held for verdict in verdicts):
+            self._environment.process_exit_code = 1
+        elif self._options.headless and not self._environment.stats.entries:
+            log.error("no request was made")
             self._environment.process_exit_code = 1
         elif self._options.max_failure_share != "" and not self._runner.exceptions:
             # Locust ends with 1 after any failure; here somebody said how many are allowed.

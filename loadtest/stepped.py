@@ -26,7 +26,7 @@ from loadtest.samples import OK, SamplesError
 from loadtest.summary import MismatchError
 from loadtest.table import render
 
-FAILED, NO_FARM = 1, 4
+FAILED, NO_FARM, INTERRUPTED = 1, 4, 130
 LOCUSTFILE = Path(__file__).resolve().parent / "locustfile.py"
 _THRESHOLDS = ("max_latency_ms", "max_failure_share", "max_refused_share", "max_real_time_factor")
 
@@ -78,6 +78,8 @@ def main(words: Sequence[str] | None = None) -> int:
     except (RunError, SamplesError, MismatchError, OSError) as error:
         print(f"stepped: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 @contextmanager
@@ -177,13 +179,21 @@ def _locust(
         try:
             _watch(process, *phase)
         finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+            _end(process)
     if process.returncode not in (0, FAILED):
         last = log.read_text(encoding="utf-8").strip().rsplit("\n", 1)[-1]
         raise RunError(f"locust ended with {process.returncode}: {last} (all of it: {log})")
     return process.returncode
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _watch(process: subprocess.Popen[bytes], name: str, seconds: float) -> None:

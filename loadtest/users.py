@@ -24,6 +24,7 @@ SPEECH_PATH = "/v1/audio/speech"
 # Who cannot connect tries again after a moment: a caller in a tight loop would measure itself.
 _AFTER_NO_ANSWER = 0.5
 _PCM_BYTES = 2
+BAD_ARGUMENTS = 2
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,17 @@ class FarmUser(User):  # type: ignore[misc]
     def __init__(self, environment: Any) -> None:
         super().__init__(environment)
         options = environment.parsed_options
-        if not (self.host or "").startswith(("http://", "https://")):
-            raise StopTest(f"--host is {self.host!r}; the farm's address is needed: http://…")
         try:
             check(options)
             self._texts = texts.load(Path(options.texts))
+            self._caller = Caller(_checked(self.host), options.timeout)
         except (ArgumentTypeError, texts.TextsError) as error:
+            environment.process_exit_code = BAD_ARGUMENTS
             raise StopTest(str(error)) from None
         self._options = options
         self._kind = self.kind or options.request
         # Two runs with one seed ask for the same texts in the same order, so they can be compared.
         self._random = Random(f"{options.seed} {next(self._numbers)}")  # noqa: S311
-        self._caller = Caller(self.host, options.timeout)
         self._open = options.loop == OPEN
         self._pause = 0.0
         self._flying = Group()
@@ -171,6 +171,12 @@ class FarmUser(User):  # type: ignore[misc]
         if self._kind == STREAM and answer.status == 200 and rate:
             return len(answer.body) / _PCM_BYTES / rate
         return answer.number("x-audio-seconds")
+
+
+def _checked(host: str | None) -> str:
+    if not (host or "").startswith(("http://", "https://")):
+        raise ArgumentTypeError(f"--host is {host!r}; the farm's address is needed: http://…")
+    return str(host)
 
 
 class SpeechUser(FarmUser):

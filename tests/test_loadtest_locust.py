@@ -118,6 +118,12 @@ def test_nobody_there_is_no_success(tmp_path: Path) -> None:
     assert {row["status"] for row in run.rows} == {"0"}
 
 
+def test_a_host_that_is_no_address(tmp_path: Path) -> None:
+    run = Run(tmp_path, "127.0.0.1:8000", "-t", "5s")
+    assert run.code == 2
+    assert "--host is '127.0.0.1:8000'; the farm's address is needed" in run.log
+
+
 def test_a_slow_farm_does_not_slow_the_arrivals(tmp_path: Path) -> None:
     """It serves 5 a second, 20 arrive: the later one arrives, the longer it waits."""
     with StandIn("slow", seconds=0.2) as farm:
