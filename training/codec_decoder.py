@@ -1,6 +1,6 @@
 """Train the network that smooths dequantised codes, and export the codec's decoder to ONNX.
 
-    python -m training.codec_decoder --out build/voice --steps 1000
+python -m training.codec_decoder --out build/voice --steps 1000
 """
 
 from __future__ import annotations

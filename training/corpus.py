@@ -19,6 +19,7 @@ import wave
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +57,7 @@ def word_lists(count: int, seed: int, path: Path = WORDS) -> list[str]:
     """Random lists of dictionary words, so that rare sounds and words occur too."""
     rng = random.Random(seed)
     words = [w for w in path.read_text(encoding="utf-8").split() if re.fullmatch(r"[a-z]{2,14}", w)]
-    lists = []
+    lists: list[str] = []
     while len(lists) < count:
         picked = rng.sample(words, rng.randint(3, 9))
         joined = " ".join(w + ("," if rng.random() < 0.15 else "") for w in picked).rstrip(",")
@@ -119,7 +120,7 @@ def _say_all(batch: tuple[int, list[str], Path]) -> int:
     return len(lines)
 
 
-def shards(folder: Path) -> Iterator[tuple[NDArray[np.int16], list[dict[str, object]]]]:
+def shards(folder: Path) -> Iterator[tuple[NDArray[np.int16], list[dict[str, Any]]]]:
     """Every shard: its samples one after another, and a line a sentence."""
     for path in sorted(folder.glob("?????.npz")):
         with np.load(path) as data:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional
 
 from workers.voice.dual_ar import DualAR, DualARConfig
 from workers.voice.phones import SIGNS
@@ -128,7 +128,7 @@ def previous(model: DualAR, codes: Tensor, training: bool) -> Tensor:
     if training:
         keep = torch.rand(known.shape[:2], device=codes.device) >= FORGET
         known = known * keep.unsqueeze(-1)
-    return F.pad(known, (0, 0, 1, 0))
+    return functional.pad(known, (0, 0, 1, 0))
 
 
 def losses(model: DualAR, batch: Batch, share: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,12 +142,12 @@ def losses(model: DualAR, batch: Batch, share: float) -> tuple[Tensor, Tensor, T
     hidden = model.slow(x)
     valid = torch.arange(batch.codes.shape[1], device=read.device) < batch.frames[:, None]
     hidden, codes = hidden[valid], batch.codes[valid]
-    slow = F.cross_entropy(model.output(hidden).float(), codes[:, 0])
+    slow = functional.cross_entropy(model.output(hidden).float(), codes[:, 0])
     if share < 1:
         picked = torch.randperm(len(codes), device=read.device)[: int(len(codes) * share)]
         hidden, codes = hidden[picked], codes[picked]
     logits = model.fast(hidden, codes).float()
-    fast = F.cross_entropy(logits.flatten(0, 1), codes[:, 1:].flatten())
+    fast = functional.cross_entropy(logits.flatten(0, 1), codes[:, 1:].flatten())
     return slow, fast, duration
 
 

@@ -77,11 +77,13 @@ def voice_speaker(url: str | None, temperature: float) -> Callable[[str], NDArra
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("loadtest/results/voice"))
-    parser.add_argument("--url", help="of a running farm; without it the voice runs in this process")
+    parser.add_argument(
+        "--url", help="of a running farm; without it the voice runs in this process"
+    )
     parser.add_argument("--temperature", type=float, default=0.0)
     args = parser.parse_args()
     decoder = recogniser()
-    speakers = {
+    speakers: dict[str, Callable[[str], NDArray[np.int16]]] = {
         "voice": voice_speaker(args.url, args.temperature),
         "flite slt": lambda text: say(text)[0],
     }

@@ -33,7 +33,7 @@ def log_mel(samples: NDArray[np.float64]) -> NDArray[np.float32]:
     at = np.arange(steps)[:, None] * HOP + np.arange(WINDOW)
     spectra = np.abs(np.fft.rfft(padded[at] * window(), N_FFT)) ** 2
     power = spectra / np.square(window()).sum() * HOP
-    return np.log(power @ mel_filters().T + FLOOR).astype(np.float32)
+    return np.asarray(np.log(power @ mel_filters().T + FLOOR), dtype=np.float32)
 
 
 def pitch(samples: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -94,7 +94,7 @@ def write(folder: Path, processes: int, most: int) -> None:
     """Write ``features.npz``: every sentence's steps one after another."""
     mels, pitches, lines = [], [], []
     with ProcessPoolExecutor(processes) as pool:
-        parts = []
+        parts: list[tuple[NDArray[np.int16], list[dict[str, Any]]]] = []
         for part in shards(folder / "corpus"):
             if sum(len(listed) for _, listed in parts) < most:
                 parts.append(part)

@@ -117,7 +117,7 @@ def main() -> None:
     said_of: dict[str, Counter[Spoken]] = defaultdict(Counter)
     for line in lines:
         words = [w for w in WORD.findall(str(line["text"])) if w in lexicon]
-        said: list[str] = [p for p, _ in line["phones"]]  # type: ignore[attr-defined]
+        said: list[str] = [p for p, _ in line["phones"]]
         phones, spoken = annotate([lexicon[w] for w in words], said)
         for word, heard in zip(words, spoken, strict=True):
             said_of[word][tuple(heard)] += 1
@@ -131,9 +131,7 @@ def main() -> None:
         if most and most != plain and count >= 5 and count > 0.6 * total:
             vowels = [p.endswith("1") for p in lexicon[word]]
             keep = len(vowels) == len(most)
-            lexicon[word] = tuple(
-                p + "1" * (keep and vowels[i]) for i, p in enumerate(most)
-            )
+            lexicon[word] = tuple(p + "1" * (keep and vowels[i]) for i, p in enumerate(most))
             changed += 1
             print("said otherwise in sentences:", word, plain, most, count, total)
     print(f"{unmatched} words without a phone, {changed} words changed")

@@ -1,6 +1,6 @@
 """Put what training made where the voice loads it from: ``workers/voice/data``.
 
-    python -m training.pack --out build/voice
+python -m training.pack --out build/voice
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ VOICING_WEIGHT = 0.6  # the voicing that counts as much as one standard deviatio
 
 
 def frames_of(steps: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """(all steps, width) -> (all frames, STEPS * width); each sentence's end is padded by its last."""
+    """(all steps, width) -> (all frames, STEPS * width); the last step pads a sentence's end."""
     frames = []
     for part in torch.split(steps, lengths):
         missing = -len(part) % STEPS

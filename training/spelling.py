@@ -16,8 +16,8 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch.nn import functional
 
 from workers.voice.spelling import LETTER_ID, MAX_CHUNKS, Spelling, spell
 from workers.voice.text import lexicon
@@ -97,7 +97,7 @@ def main() -> None:
         says = [torch.tensor([number[" ".join(c)] for c in aligned[w]]) for w in picked]
         x = torch.nn.utils.rnn.pad_sequence(letters, batch_first=True)
         y = torch.nn.utils.rnn.pad_sequence(says, batch_first=True, padding_value=-1)
-        loss = F.cross_entropy(network(x).flatten(0, 1), y.flatten(), ignore_index=-1)
+        loss = functional.cross_entropy(network(x).flatten(0, 1), y.flatten(), ignore_index=-1)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -76,7 +76,7 @@ class OnnxEngine:
         """Raises ProviderError when the requirement is not met, or ValueError for a bad one."""
         if options.requirement not in REQUIREMENTS:
             raise ValueError(
-                f'require = "{options.requirement}" is unknown; use one of {", ".join(REQUIREMENTS)}'
+                f'require = "{options.requirement}" is unknown: {", ".join(REQUIREMENTS)}'
             )
         self.options = options
         self.refusals: list[str] = []

@@ -17,8 +17,8 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from workers.voice.spectrum import FLOOR, HOP, N_FFT, N_MELS, STEPS, WINDOW, mel_filters, window
 
@@ -61,7 +61,7 @@ class ResidualConv(nn.Module):
         self.mix = nn.Conv1d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.mix(F.silu(self.near(F.silu(x))))  # type: ignore[no-any-return]
+        return x + self.mix(functional.silu(self.near(functional.silu(x))))  # type: ignore[no-any-return]
 
 
 class CodecDecoder(nn.Module):
@@ -110,16 +110,16 @@ class CodecDecoder(nn.Module):
     def dequantise(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """codes -> normalised spectrogram (batch, steps, N_MELS), pitch (batch, steps, 2)."""
         batch, frames, _ = codes.shape
-        pitch = F.embedding(codes[:, :, PITCH_BOOK], self.pitch_book)
+        pitch = functional.embedding(codes[:, :, PITCH_BOOK], self.pitch_book)
         wide = torch.cat([codes[:, :, :PITCH_BOOK], codes[:, :, PITCH_BOOK + 1 :]], dim=2)
-        mel = F.embedding(wide + self.book_offsets, self.mel_books).sum(2)
+        mel = functional.embedding(wide + self.book_offsets, self.mel_books).sum(2)
         return mel.view(batch, frames * STEPS, N_MELS), pitch.view(batch, frames * STEPS, 2)
 
     def spectrogram(self, codes: Tensor) -> Tensor:
         """codes -> smoothed normalised spectrogram (batch, steps, N_MELS)."""
         mel, pitch = self.dequantise(codes)
         x = torch.cat([mel, pitch], dim=2).transpose(1, 2)
-        found = self.leave(F.silu(self.blocks(self.enter(x))))
+        found = self.leave(functional.silu(self.blocks(self.enter(x))))
         return mel + found.transpose(1, 2)  # type: ignore[no-any-return]
 
     def forward(self, codes: Tensor, excitation: Tensor) -> Tensor:
@@ -128,15 +128,15 @@ class CodecDecoder(nn.Module):
         samples = excitation.shape[1]
         wave = excitation.unsqueeze(1)
         ones = torch.ones_like(log_mel[:, :, :1]).transpose(1, 2)
-        share = F.conv_transpose1d(ones, self.overlap, stride=HOP).clamp(min=0.05)
+        share = functional.conv_transpose1d(ones, self.overlap, stride=HOP).clamp(min=0.05)
         for _ in range(ROUNDS):
-            padded = F.pad(wave, (WINDOW // 2, WINDOW // 2 - HOP))
-            both = F.conv1d(padded, self.analysis, stride=HOP)
+            padded = functional.pad(wave, (WINDOW // 2, WINDOW // 2 - HOP))
+            both = functional.conv1d(padded, self.analysis, stride=HOP)
             real, imag = both[:, :BINS], both[:, BINS:]
             power = (real * real + imag * imag).transpose(1, 2) @ self.bands.T
             error = 0.5 * (wanted - (power + 1e-9).log())
             gain = (error @ self.between_bands.T).clamp(-12.0, 6.0).exp().transpose(1, 2)
             both = torch.cat([real * gain, imag * gain], dim=1)
-            whole = F.conv_transpose1d(both, self.synthesis, stride=HOP) / share
+            whole = functional.conv_transpose1d(both, self.synthesis, stride=HOP) / share
             wave = whole[:, :, WINDOW // 2 : WINDOW // 2 + samples]
         return wave.squeeze(1)

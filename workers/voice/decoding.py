@@ -153,7 +153,9 @@ class FrameDecoder:
         b.codes.index_copy_(0, at, torch.cat(chosen).unsqueeze(0))
         at += 1
 
-    def _pick(self, scores: Tensor, book: int, noise: Tensor, recent: Tensor, real: Tensor) -> Tensor:
+    def _pick(
+        self, scores: Tensor, book: int, noise: Tensor, recent: Tensor, real: Tensor
+    ) -> Tensor:
         b = self.buffers
         scores = penalise(scores.float(), recent[:, book], real, b.repetition_penalty)
         return choose(scores, noise[book], b.temperature, b.top_p)

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from workers.voice.phones import NUM_SYMBOLS, SIGNS
 from workers.voice.spectrum import STEPS
@@ -65,7 +65,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_table(length: int, head_dim: int, base: float) -> Tensor:
@@ -118,7 +118,7 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         share = self.config.n_head // self.config.n_local_heads
         k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.wo(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -146,7 +146,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.intermediate_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
+        return self.w2(functional.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -162,11 +162,11 @@ class Block(nn.Module):
         self, x: Tensor, rope: Tensor, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, causal))
-        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))  # type: ignore[no-any-return]
 
     def step(self, x: Tensor, rope: Tensor, cache: KVCache, at: Tensor, mask: Tensor) -> Tensor:
         x = x + self.attention.step(self.attention_norm(x), rope, cache, at, mask)
-        return x + self.feed_forward(self.ffn_norm(x))
+        return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
 
 
 class DualAR(nn.Module):

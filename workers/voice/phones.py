@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PAUSE = "pau"
-VOWELS = "aa ae ah ao aw ax ay eh er ey ih iy ow oy uh uw".split()
-CONSONANTS = "b ch d dh f g hh jh k l m n ng p r s sh t th v w y z zh".split()
+VOWELS = tuple("aa ae ah ao aw ax ay eh er ey ih iy ow oy uh uw".split(" "))  # noqa: SIM905
+CONSONANTS = tuple("b ch d dh f g hh jh k l m n ng p r s sh t th v w y z zh".split(" "))  # noqa: SIM905
 PHONES = [PAUSE, *VOWELS, *CONSONANTS]
 PHONE_ID = {phone: number for number, phone in enumerate(PHONES)}
 SIGNS = ".?!"

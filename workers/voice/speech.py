@@ -46,6 +46,7 @@ class Voice:
 
     def __init__(
         self,
+        *,
         weights: str | None = None,
         dtype: str | None = None,
         require: str | None = None,
@@ -194,9 +195,9 @@ class Voice:
         first, last = max(0, start - CONTEXT), min(len(codes), stop + CONTEXT)
         f0, voicing = self._pitch.contour(codes[:last, PITCH_BOOK])
         source = excitation(f0, voicing, noise[: last * FRAME])[first * FRAME :]
-        samples: Audio = self.codec.run(
-            codes=codes[None, first:last], excitation=source[None]
-        )[0][0]
+        samples: Audio = self.codec.run(codes=codes[None, first:last], excitation=source[None])[0][
+            0
+        ]
         return samples[(start - first) * FRAME : (stop - first) * FRAME].clip(-1.0, 1.0)
 
     @property

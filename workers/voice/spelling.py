@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 LETTERS = "'abcdefghijklmnopqrstuvwxyz"
 LETTER_ID = {letter: number + 1 for number, letter in enumerate(LETTERS)}  # 0 is the padding
@@ -26,7 +26,7 @@ class Spelling(nn.Module):
         spoken = (letters > 0).unsqueeze(-1).to(x.dtype)
         for layer in self.layers:
             found = layer((x * spoken).transpose(1, 2)).transpose(1, 2)
-            x = x + self.dropout(F.silu(found))
+            x = x + self.dropout(functional.silu(found))
         return self.output(x)  # type: ignore[no-any-return]
 
 

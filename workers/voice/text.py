@@ -32,7 +32,7 @@ ABBREVIATIONS = {
 }  # fmt: skip
 SYMBOLS = {
     "&": " and ", "%": " percent ", "+": " plus ", "=": " equals ", "@": " at ", "#": " number ",
-    "°": " degrees ", "×": " times ", "÷": " divided by ", "/": " slash ", "*": " times ",
+    "°": " degrees ", "\u00d7": " times ", "÷": " divided by ", "/": " slash ", "*": " times ",
     "<": " less than ", ">": " greater than ", "_": " ", "~": " about ", "|": " ",
 }  # fmt: skip
 CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen"}
@@ -140,7 +140,7 @@ def word_phones(word: str, spell: Callable[[str], list[str]]) -> list[str]:
 
 def _parts(text: str) -> list[tuple[list[str], str]]:
     """Clauses (words between commas) and the sign each ends with; a comma where none ends."""
-    found = []
+    found: list[tuple[list[str], str]] = []
     for body, sign in re.findall(r"([^,.?!]*)([,.?!]+|$)", text):
         words = [w for raw in body.split() for w in _pieces(raw.strip("'"))]
         if words or (sign and found and found[-1][1] == ","):

@@ -41,13 +41,15 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             names = list(opened.keys())
             return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
     except OSError as error:
-        raise WeightsError(f"{path}: {error.strerror or error}; is the voice's folder whole?") from None
+        raise WeightsError(
+            f"{path}: {error.strerror or error}; is the voice's folder whole?"
+        ) from None
     except Exception as error:  # safetensors raises an exception type of its own
         raise WeightsError(f"{path}: not a safetensors file ({error})") from None
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load with every key and shape accounted for. Raises WeightsError naming those that are not."""
+    """Load with every key and shape accounted for; raises WeightsError naming the others."""
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     wrong = [
