@@ -55,8 +55,6 @@ class FrameDecoder:
 
     def __init__(self, model: DualAR, device: torch.device, dtype: torch.dtype) -> None:
         self.model = model.to(device=device, dtype=dtype).eval()
-        # Angles lose their meaning in half precision.
-        self.model.rope = self.model.rope.float()
         self.device, self.dtype = device, dtype
         self.buffers = Buffers.allocate(self.model, device, dtype)
         longest = model.config.max_seq_len
@@ -66,10 +64,6 @@ class FrameDecoder:
         self.bytes_read = 0
         self._places = torch.arange(longest, device=device)
         self._fast_at = torch.arange(model.config.num_codebooks, device=device)
-        self._fast_masks = [
-            torch.zeros(1, k + 1, device=device, dtype=dtype)
-            for k in range(model.config.num_codebooks)
-        ]
         self._back = torch.arange(1, REMEMBERED + 1, device=device)
 
     @torch.inference_mode()
@@ -132,7 +126,7 @@ class FrameDecoder:
         mask = torch.where(self._places[:bucket] <= at, 0.0, float("-inf")).to(self.dtype)
         for layer, cache in zip(m.layers, b.slow, strict=True):
             assert isinstance(layer, Block)
-            x = layer.step(x, rope, cache, at, mask.unsqueeze(0))
+            x = layer.step(x, rope, cache, at, bucket, mask)
         hidden = m.norm(x)[0]
         before = at - self._back
         real, recent = before >= 0, b.codes.index_select(0, before.clamp(min=0))
@@ -144,7 +138,7 @@ class FrameDecoder:
             place = self._fast_at[book - 1 : book]
             for layer, cache in zip(m.fast_layers, b.fast, strict=True):
                 assert isinstance(layer, Block)
-                x = layer.step(x, m.rope[book - 1 : book], cache, place, self._fast_masks[book - 1])
+                x = layer.step(x, m.rope[book - 1 : book], cache, place, book, None)
             scores = m.fast_norm(x)[0, 0] @ m.fast_output[book - 1].T
             code = self._pick(scores, book, noise, recent, real)
             chosen.append(code)

@@ -69,17 +69,16 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(length: int, head_dim: int, base: float) -> Tensor:
-    """(length, 2, head_dim // 2): cosine and sine of each position's angles."""
+    """(length, 2, head_dim): factors of a position's values and of their other halves."""
     rates = base ** (-torch.arange(0, head_dim, 2).float() / head_dim)
     angles = torch.outer(torch.arange(length).float(), rates)
-    return torch.stack([angles.cos(), angles.sin()], dim=1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], dim=1)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn (batch, heads, time, head_dim) by ``table`` (time, 2, head_dim // 2)."""
-    cos, sin = table[:, 0].to(x.dtype), table[:, 1].to(x.dtype)
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1)
+    """Turn (..., time, head_dim) by ``table`` (time, 2, head_dim), of the same dtype."""
+    return torch.addcmul(x * table[:, 0], x.roll(x.shape[-1] // 2, -1), table[:, 1])
 
 
 @dataclass
@@ -113,6 +112,7 @@ class Attention(nn.Module):
         c = self.config
         parts = self.wqkv(x).view(*x.shape[:2], -1, c.head_dim).transpose(1, 2)
         q, k, v = parts.split([c.n_head, c.n_local_heads, c.n_local_heads], dim=1)
+        rope = rope.to(x.dtype)
         return rotate(q, rope), rotate(k, rope), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -125,17 +125,27 @@ class Attention(nn.Module):
         q, k, v = self.split(x, rope)
         return self.attend(q, k, v, mask, causal)
 
-    def step(self, x: Tensor, rope: Tensor, cache: KVCache, at: Tensor, mask: Tensor) -> Tensor:
-        """One position: write its key and value at ``at`` (1,), attend to the cache's prefix.
+    def step(
+        self, x: Tensor, rope: Tensor, cache: KVCache, at: Tensor, prefix: int, mask: Tensor | None
+    ) -> Tensor:
+        """One position: write its key and value at ``at`` (1,), attend to the first ``prefix``.
 
-        ``mask``: (1, prefix), 0 where the position may look and -inf elsewhere. The prefix's
-        length is the mask's, so that a short sentence does not pay for a long one's cache.
+        ``mask``: (prefix,), 0 where the position may look and -inf elsewhere; None lets it look
+        everywhere. A short prefix spares a short sentence the cost of a long one's cache.
         """
-        q, k, v = self.split(x, rope)
-        cache.k.index_copy_(2, at, k)
-        cache.v.index_copy_(2, at, v)
-        prefix = mask.shape[-1]
-        return self.attend(q, cache.k[:, :, :prefix], cache.v[:, :, :prefix], mask, False)
+        c = self.config
+        heads = self.wqkv(x).view(-1, c.head_dim)
+        turned = rotate(heads[: -c.n_local_heads], rope)
+        shape = (1, c.n_local_heads, 1, c.head_dim)
+        cache.k.index_copy_(2, at, turned[c.n_head :].view(shape))
+        cache.v.index_copy_(2, at, heads[-c.n_local_heads :].view(shape))
+        # The heads that share a key lie side by side: one product for each key head.
+        q = turned[: c.n_head].view(c.n_local_heads, -1, c.head_dim) * c.head_dim**-0.5
+        scores = q @ cache.k[0, :, :prefix].transpose(1, 2)
+        if mask is not None:
+            scores = scores + mask
+        out = torch.softmax(scores, dim=-1) @ cache.v[0, :, :prefix]
+        return self.wo(out.view(1, 1, -1))  # type: ignore[no-any-return]
 
 
 class FeedForward(nn.Module):
@@ -164,8 +174,10 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, causal))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))  # type: ignore[no-any-return]
 
-    def step(self, x: Tensor, rope: Tensor, cache: KVCache, at: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.attention.step(self.attention_norm(x), rope, cache, at, mask)
+    def step(
+        self, x: Tensor, rope: Tensor, cache: KVCache, at: Tensor, prefix: int, mask: Tensor | None
+    ) -> Tensor:
+        x = x + self.attention.step(self.attention_norm(x), rope, cache, at, prefix, mask)
         return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
 
 
