@@ -16,12 +16,17 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pocketsphinx import Decoder
+from safetensors.torch import load_file
 
 from training.corpus import HELD_OUT, say
-from workers.contract import SpeechRequest
+from training.features import log_mel, pitch
+from training.quantiser import frames_of, nearest
+from workers.contract import SpeechRequest, Work
 from workers.voice import Voice
+from workers.voice.codec_decoder import PITCH_BOOK
 
 WORD = re.compile(r"[a-z']+")
 
@@ -74,6 +79,32 @@ def voice_speaker(url: str | None, temperature: float) -> Callable[[str], NDArra
     return speak
 
 
+def codec_speaker(folder: Path) -> Callable[[str], NDArray[np.int16]]:
+    """What the teacher says, through codes and back: the best that the decoder could do."""
+    quantiser = load_file(folder / "quantiser.safetensors")
+    mean, std, weight = quantiser["pitch_stats"]
+    voice = Voice()
+    voice.setup("cpu")
+
+    def speak(text: str) -> NDArray[np.int16]:
+        signal = say(text)[0].astype(np.float64) / 32768
+        mel, spoken = torch.from_numpy(log_mel(signal)), torch.from_numpy(pitch(signal))
+        left = (mel - quantiser["mel_mean"]) / quantiser["mel_scale"]
+        left = frames_of(left, [len(mel)])
+        prosody = torch.stack([(spoken[:, 0] - mean) / std, spoken[:, 1] / weight], 1)
+        codes = []
+        for book in quantiser["mel_books"]:
+            codes.append(nearest(left, book))
+            left = left - book[codes[-1]]
+        codes.insert(PITCH_BOOK, nearest(frames_of(prosody, [len(mel)]), quantiser["pitch_book"]))
+        known = torch.stack(codes, 1)
+        steps = (known[: i + 1] for i in range(len(known)))
+        made = np.concatenate(list(voice.samples(steps, len(known), 1, Work())))
+        return np.asarray(made * 32767, dtype=np.int16)
+
+    return speak
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("loadtest/results/voice"))
@@ -81,12 +112,15 @@ def main() -> None:
         "--url", help="of a running farm; without it the voice runs in this process"
     )
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--codec", type=Path, help="training's folder: hear the codec too")
     args = parser.parse_args()
     decoder = recogniser()
     speakers: dict[str, Callable[[str], NDArray[np.int16]]] = {
         "voice": voice_speaker(args.url, args.temperature),
         "flite slt": lambda text: say(text)[0],
     }
+    if args.codec is not None:
+        speakers["flite slt through the codec"] = codec_speaker(args.codec)
     rows, totals = [], {name: [0, 0] for name in speakers}
     for sentence in HELD_OUT.read_text().splitlines():
         for name, speak in speakers.items():
@@ -103,7 +137,7 @@ def main() -> None:
     for name, (wrong, words) in totals.items():
         print(f"{name}: word error {wrong / words:.3f} ({wrong} of {words} words)")
     ratio = totals["voice"][0] / totals["flite slt"][0]
-    print(f"ratio {ratio:.2f}, {len(rows) // 2} sentences")
+    print(f"ratio {ratio:.2f}, {len(rows) // len(speakers)} sentences")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ class FrameDecoder:
         mask = torch.where(self._places[:bucket] <= at, 0.0, float("-inf")).to(self.dtype)
         for layer, cache in zip(m.layers, b.slow, strict=True):
             assert isinstance(layer, Block)
-            x = layer.step(x, rope, cache, at, bucket, mask)
+            x = layer.step(x, rope, cache.first(bucket), at, mask)
         hidden = m.norm(x)[0]
         before = at - self._back
         real, recent = before >= 0, b.codes.index_select(0, before.clamp(min=0))
@@ -138,7 +138,7 @@ class FrameDecoder:
             place = self._fast_at[book - 1 : book]
             for layer, cache in zip(m.fast_layers, b.fast, strict=True):
                 assert isinstance(layer, Block)
-                x = layer.step(x, m.rope[book - 1 : book], cache, place, book, None)
+                x = layer.step(x, m.rope[book - 1 : book], cache.first(book), place, None)
             scores = m.fast_norm(x)[0, 0] @ m.fast_output[book - 1].T
             code = self._pick(scores, book, noise, recent, real)
             chosen.append(code)

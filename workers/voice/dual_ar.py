@@ -88,6 +88,10 @@ class KVCache:
     k: Tensor
     v: Tensor
 
+    def first(self, length: int) -> KVCache:
+        """The beginning, as a view: a short sentence need not read a long one's cache."""
+        return KVCache(self.k[:, :, :length], self.v[:, :, :length])
+
     @classmethod
     def empty(
         cls, config: DualARConfig, length: int, device: torch.device, dtype: torch.dtype
@@ -126,12 +130,12 @@ class Attention(nn.Module):
         return self.attend(q, k, v, mask, causal)
 
     def step(
-        self, x: Tensor, rope: Tensor, cache: KVCache, at: Tensor, prefix: int, mask: Tensor | None
+        self, x: Tensor, rope: Tensor, cache: KVCache, at: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """One position: write its key and value at ``at`` (1,), attend to the first ``prefix``.
+        """One position: write its key and value at ``at`` (1,), attend to the whole cache given.
 
-        ``mask``: (prefix,), 0 where the position may look and -inf elsewhere; None lets it look
-        everywhere. A short prefix spares a short sentence the cost of a long one's cache.
+        ``mask``: (length of the cache,), 0 where the position may look and -inf elsewhere; None
+        lets it look everywhere.
         """
         c = self.config
         heads = self.wqkv(x).view(-1, c.head_dim)
@@ -141,10 +145,10 @@ class Attention(nn.Module):
         cache.v.index_copy_(2, at, heads[-c.n_local_heads :].view(shape))
         # The heads that share a key lie side by side: one product for each key head.
         q = turned[: c.n_head].view(c.n_local_heads, -1, c.head_dim) * c.head_dim**-0.5
-        scores = q @ cache.k[0, :, :prefix].transpose(1, 2)
+        scores = q @ cache.k[0].transpose(1, 2)
         if mask is not None:
             scores = scores + mask
-        out = torch.softmax(scores, dim=-1) @ cache.v[0, :, :prefix]
+        out = torch.softmax(scores, dim=-1) @ cache.v[0]
         return self.wo(out.view(1, 1, -1))  # type: ignore[no-any-return]
 
 
@@ -175,9 +179,9 @@ class Block(nn.Module):
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))  # type: ignore[no-any-return]
 
     def step(
-        self, x: Tensor, rope: Tensor, cache: KVCache, at: Tensor, prefix: int, mask: Tensor | None
+        self, x: Tensor, rope: Tensor, cache: KVCache, at: Tensor, mask: Tensor | None
     ) -> Tensor:
-        x = x + self.attention.step(self.attention_norm(x), rope, cache, at, prefix, mask)
+        x = x + self.attention.step(self.attention_norm(x), rope, cache, at, mask)
         return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
 
 

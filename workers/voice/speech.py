@@ -126,7 +126,7 @@ class Voice:
             with request.work.stage("decoder"):
                 conditions = self._conditions(sentence, request.speed)
             codes = self._codes(conditions, sampling, own_seed, request.work)
-            yield from self._samples(codes, len(conditions), own_seed, request.work)
+            yield from self.samples(codes, len(conditions), own_seed, request.work)
 
     def _settings(self, request: SpeechRequest) -> Sampling:
         values = {}
@@ -172,9 +172,10 @@ class Voice:
                 return
             yield codes
 
-    def _samples(
+    def samples(
         self, codes: Iterator[Tensor], frames: int, seed: int, work: Work
     ) -> Iterator[Audio]:
+        """Codes so far, (frames so far, num_codebooks) again and again, to chunks of samples."""
         noise = np.random.default_rng(seed).standard_normal(frames * FRAME, dtype=np.float32)
         start, number = 0, 0
         stop = min(CHUNKS[0], frames)
