@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from num2words import num2words
-
 from workers.contract import InvalidRequest
 from workers.voice.phones import NO_WORD, PAUSE, Phone, place
 
@@ -53,17 +51,24 @@ class Sentence:
     """How it ends: one of ``phones.SIGNS``."""
 
 
+def _say_number(number: int, to: str = "cardinal") -> str:
+    # Imported when first needed: a machine that only measures the decoder needs no num2words.
+    from num2words import num2words  # noqa: PLC0415
+
+    return str(num2words(number, to=to))
+
+
 def _spell_number(digits: str) -> str:
     plain = digits.replace(",", "")
     whole, _, part = plain.partition(".")
     if len(whole) > 15 or (len(whole) > 1 and whole[0] == "0"):
-        said = " ".join(num2words(int(d)) for d in whole)
+        said = " ".join(_say_number(int(d)) for d in whole)
     elif "," not in digits and not part and len(whole) == 4 and 1100 <= int(whole) < 2000:
-        said = num2words(int(whole), to="year")
+        said = _say_number(int(whole), to="year")
     else:
-        said = num2words(int(whole or "0"))
+        said = _say_number(int(whole or "0"))
     if part:
-        said += " point " + " ".join(num2words(int(d)) for d in part[:15])
+        said += " point " + " ".join(_say_number(int(d)) for d in part[:15])
     return f" {said} ".replace("-", " ")
 
 
@@ -79,7 +84,7 @@ def _spell_ordinal(match: re.Match[str]) -> str:
     number = match[1].replace(",", "")
     if len(number) > 15:
         return match[0]
-    return f" {num2words(int(number), to='ordinal')} ".replace("-", " ")
+    return f" {_say_number(int(number), to='ordinal')} ".replace("-", " ")
 
 
 def normalise(text: str) -> str:
@@ -119,9 +124,9 @@ def _spell_acronym(match: re.Match[str]) -> str:
 
 
 @cache
-def lexicon() -> dict[str, list[str]]:
+def lexicon(folder: Path = DATA) -> dict[str, list[str]]:
     """Word -> its phones, a stressed vowel with a 1 behind it."""
-    lines = gzip.decompress((DATA / "lexicon.txt.gz").read_bytes()).decode().splitlines()
+    lines = gzip.decompress((folder / "lexicon.txt.gz").read_bytes()).decode().splitlines()
     return {word: phones.split() for word, _, phones in (line.partition(" ") for line in lines)}
 
 
