@@ -28,7 +28,6 @@ from workers.voice.phones import SIGNS
 from workers.voice.spectrum import HOP, SAMPLE_RATE
 from workers.voice.timing import Timing, timing
 
-HELD_BACK = 200  # sentences for validation
 FAST_SHARE = 0.3  # of the frames, that the fast transformer learns from in a step
 FORGET, CONFUSE = 0.2, 0.05  # of previous frames, of single codes: see ``previous``
 
@@ -81,6 +80,17 @@ def load_sentences(folder: Path) -> list[Sentence]:
             )
         )
     return found
+
+
+def split(sentences: list[Sentence], held_back: int) -> tuple[list[Sentence], list[Sentence]]:
+    """Those for validation, always the same, and those to learn from."""
+    if not 0 < held_back < len(sentences):
+        raise SystemExit(
+            f"--held-back {held_back} of {len(sentences)} sentences: some have to be left for "
+            f"validation and some for training"
+        )
+    random.Random(0).shuffle(sentences)
+    return sentences[:held_back], sentences[held_back:]
 
 
 def stack(rows: list[Tensor]) -> Tensor:
@@ -197,9 +207,7 @@ def save_weights(model: DualAR, path: Path, report: dict[str, object]) -> None:
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sentences = load_sentences(args.out)
-    random.Random(0).shuffle(sentences)
-    held_back, sentences = sentences[:HELD_BACK], sentences[HELD_BACK:]
+    held_back, sentences = split(load_sentences(args.out), args.held_back)
     config = DualARConfig()
     model = DualAR(config).to(device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(sentences)} sentences")
@@ -259,6 +267,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--rate", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--held-back", type=int, default=200, help="sentences for validation")
     parser.add_argument("--every", type=int, default=250, help="steps between checkpoints")
     train(parser.parse_args())
 

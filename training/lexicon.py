@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import random
 import re
 import subprocess
 from collections import Counter, defaultdict
@@ -106,9 +107,13 @@ def annotate(words: list[Spoken], said: list[str]) -> tuple[list[Phone], list[li
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/voice"))
+    parser.add_argument("--data", type=Path, default=DATA, help="where the lexicon is written")
+    parser.add_argument("--words", type=int, help="of the dictionary, picked at random; all")
     args = parser.parse_args()
     lines = [line for _, part in shards(args.out / "corpus") for line in part]
     listed = {w.lower() for w in WORDS.read_text().split() if re.fullmatch(r"[A-Za-z][a-z']+", w)}
+    if args.words is not None:
+        listed = set(random.Random(1).sample(sorted(listed), args.words))
     in_corpus = {w for line in lines for w in WORD.findall(str(line["text"]))}
     lexicon = spell_all(listed | in_corpus | set("abcdefghijklmnopqrstuvwxyz"))
     print(f"{len(lexicon)} words")
@@ -135,9 +140,9 @@ def main() -> None:
             changed += 1
             print("said otherwise in sentences:", word, plain, most, count, total)
     print(f"{unmatched} words without a phone, {changed} words changed")
-    DATA.mkdir(exist_ok=True)
+    args.data.mkdir(parents=True, exist_ok=True)
     text = "\n".join(f"{word} {' '.join(phones)}" for word, phones in sorted(lexicon.items()))
-    with gzip.GzipFile(DATA / "lexicon.txt.gz", "wb", compresslevel=9, mtime=0) as out:
+    with gzip.GzipFile(args.data / "lexicon.txt.gz", "wb", compresslevel=9, mtime=0) as out:
         out.write(text.encode())
 
 

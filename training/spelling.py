@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from workers.voice.spelling import LETTER_ID, MAX_CHUNKS, Spelling, spell
-from workers.voice.text import lexicon
+from workers.voice.text import DATA, lexicon
 
 Chunk = tuple[str, ...]
 
@@ -72,19 +72,22 @@ def align(words: dict[str, list[str]], rounds: int = 5) -> dict[str, list[Chunk]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/voice"))
+    parser.add_argument("--data", type=Path, default=DATA, help="where the lexicon lies")
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--held-back", type=int, default=2000, help="words to be tried at the end")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
-    words = {w: p for w, p in lexicon().items() if len(w) > 1 and all(c in LETTER_ID for c in w)}
+    known = lexicon(args.data).items()
+    words = {w: p for w, p in known if len(w) > 1 and all(c in LETTER_ID for c in w)}
     aligned = align(words)
     counts = Counter(" ".join(chunk) for chunks in aligned.values() for chunk in chunks)
     chunks = [chunk for chunk, _ in counts.most_common(MAX_CHUNKS)]
     number = {chunk: i for i, chunk in enumerate(chunks)}
     usable = [w for w, c in aligned.items() if all(" ".join(x) in number for x in c)]
     rng.shuffle(usable)
-    held_back, learnt = usable[:2000], usable[2000:]
+    held_back, learnt = usable[: args.held_back], usable[args.held_back :]
     print(f"{len(aligned)} of {len(words)} words aligned, {len(counts)} chunks, {len(usable)} used")
 
     network = Spelling()
@@ -92,7 +95,7 @@ def main() -> None:
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * 0.5 * (1 + math.cos(math.pi * step / args.steps)) + 1e-6
-        picked = rng.sample(learnt, 256)
+        picked = rng.sample(learnt, min(256, len(learnt)))
         letters = [torch.tensor([LETTER_ID[c] for c in w]) for w in picked]
         says = [torch.tensor([number[" ".join(c)] for c in aligned[w]]) for w in picked]
         x = torch.nn.utils.rnn.pad_sequence(letters, batch_first=True)
@@ -102,7 +105,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 500 == 499:
-            print(f"step {step + 1}: loss {float(loss):.4f}", flush=True)
+            print(f"step {step + 1}: loss {float(loss.detach()):.4f}", flush=True)
     network.eval()
     right = sum(
         [p.rstrip("1") for p in spell(network, chunks, w)] == [p.rstrip("1") for p in words[w]]
