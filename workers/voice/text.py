@@ -1,6 +1,6 @@
 """From written text to sentences of phones.
 
-Numbers are spelt out by num2words; a word's phones come from the lexicon that the teacher wrote,
+Amounts are spelt out first; a word's phones come from the lexicon that the teacher wrote,
 or, for a word outside it, from a small network that learned spelling from that lexicon.
 """
 
@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from workers.contract import InvalidRequest
+from workers.voice.amounts import spell_amounts
 from workers.voice.phones import NO_WORD, PAUSE, Phone, place
 
 DATA = Path(__file__).with_name("data")
@@ -22,24 +23,22 @@ LONGEST_WORD = 24  # letters; longer ones are said in pieces
 LONGEST_SENTENCE = 180  # letters; longer ones are said in parts
 ABBREVIATIONS = {
     "mr": "mister", "mrs": "missus", "ms": "miz", "dr": "doctor", "prof": "professor",
-    "st": "saint", "vs": "versus", "etc": "et cetera", "e.g": "for example", "i.e": "that is",
+    "st": "saint", "vs": "versus", "etc": "et cetera",
     "approx": "approximately", "dept": "department", "jr": "junior", "sr": "senior",
-    "no": "number", "inc": "incorporated", "ltd": "limited", "jan": "january",
+    "inc": "incorporated", "ltd": "limited", "jan": "january",
     "feb": "february", "aug": "august", "sept": "september", "oct": "october",
     "nov": "november", "dec": "december",
 }  # fmt: skip
 SYMBOLS = {
     "&": " and ", "%": " percent ", "+": " plus ", "=": " equals ", "@": " at ", "#": " number ",
-    "°": " degrees ", "\u00d7": " times ", "÷": " divided by ", "/": " slash ", "*": " times ",
+    "°": " degrees ", "\u00d7": " times ", "÷": " divided by ", "/": " slash ", "\u2044": " over ",
     "<": " less than ", ">": " greater than ", "_": " ", "~": " about ", "|": " ",
 }  # fmt: skip
-CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen"}
-UNITS = {
-    "km": "kilometers", "cm": "centimeters", "mm": "millimeters", "kg": "kilograms",
-    "mg": "milligrams", "ms": "milliseconds", "gb": "gigabytes", "mb": "megabytes",
-    "kb": "kilobytes", "khz": "kilohertz", "hz": "hertz", "mph": "miles an hour",
-}  # fmt: skip
-NUMBER = r"\d+(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
+WITHOUT_MARK = str.maketrans(
+    {"ß": "ss", "æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "ø": "o", "Ø": "O", "ł": "l",
+     "Ł": "L", "đ": "d", "Đ": "D", "ð": "d", "Ð": "D", "þ": "th", "Þ": "Th", "\u0131": "i"}
+)  # fmt: skip
+"""Letters that no decomposition leads to a plain one."""
 
 
 @dataclass(frozen=True)
@@ -51,61 +50,24 @@ class Sentence:
     """How it ends: one of ``phones.SIGNS``."""
 
 
-def _say_number(number: int, to: str = "cardinal") -> str:
-    # Imported when first needed: a machine that only measures the decoder needs no num2words.
-    from num2words import num2words  # noqa: PLC0415
-
-    return str(num2words(number, to=to))
-
-
-def _spell_number(digits: str) -> str:
-    plain = digits.replace(",", "")
-    whole, _, part = plain.partition(".")
-    if len(whole) > 15 or (len(whole) > 1 and whole[0] == "0"):
-        said = " ".join(_say_number(int(d)) for d in whole)
-    elif "," not in digits and not part and len(whole) == 4 and 1100 <= int(whole) < 2000:
-        said = _say_number(int(whole), to="year")
-    else:
-        said = _say_number(int(whole or "0"))
-    if part:
-        said += " point " + " ".join(_say_number(int(d)) for d in part[:15])
-    return f" {said} ".replace("-", " ")
-
-
-def _spell_money(match: re.Match[str]) -> str:
-    name, digits = CURRENCIES[match[1]], match[2].replace(",", "")
-    whole, _, part = digits.partition(".")
-    many = name if int(whole or 0) == 1 or name == "yen" else name + "s"
-    cents = f" and {_spell_number(part)}" if len(part) == 2 and int(part) else ""
-    return f" {_spell_number(whole or '0')} {many}{cents} "
-
-
-def _spell_ordinal(match: re.Match[str]) -> str:
-    number = match[1].replace(",", "")
-    if len(number) > 15:
-        return match[0]
-    return f" {_say_number(int(number), to='ordinal')} ".replace("-", " ")
-
-
 def normalise(text: str) -> str:
     """Lower-case words and ``, . ? !`` only. What has no sound (emoji, say) is left out."""
     text = unicodedata.normalize("NFKC", text)
-    for curly, plain in (("’", "'"), ("‘", "'"), ("—", ", "), ("–", ", "), ("…", ". ")):  # noqa: RUF001
+    for curly, plain in (("’", "'"), ("‘", "'"), ("—", ", "), ("–", ", ")):  # noqa: RUF001
         text = text.replace(curly, plain)
     text = re.sub(r"https?://|www\.", " ", text)
-    text = re.sub(r"\b(?:[A-Za-z]\.){2,}", lambda m: " ".join(m[0].replace(".", "")) + " ", text)
-    text = re.sub(rf"({NUMBER})\s*([€£¥])", r"\2\1", text)
-    text = re.sub(rf"([$€£¥])\s*({NUMBER})", _spell_money, text)
-    text = re.sub(r"(\d[\d,]*)(?:st|nd|rd|th)\b", _spell_ordinal, text, flags=re.I)
-    text = re.sub(r"\b(\d{1,2}):(\d{2})\b", r"\1 \2", text)
-    text = re.sub(rf"({NUMBER})\s*({'|'.join(UNITS)})\b", _spell_unit, text, flags=re.I)
-    text = re.sub(r"(?<![\w.])-(?=\d)", " minus ", text)
-    text = re.sub(NUMBER, lambda m: _spell_number(m[0]), text)
+    # These two would be taken for initials, the next for the end of a sentence or a saint.
+    text = re.sub(r"\be\.g\.", " for example ", text, flags=re.I)
+    text = re.sub(r"\bi\.e\.", " that is ", text, flags=re.I)
+    text = re.sub(r"\bno\.\s*+(?=\d)", "number ", text, flags=re.I)
+    text = re.sub(r"(?<=[a-z] )St\.(?=[,.?!]|\s+[a-z]|$)", "street", text)
+    text = spell_amounts(text)
+    text = re.sub(r"\b(?:[A-Za-z]\.){2,}", lambda m: _letters(m[0].replace(".", "")), text)
     for symbol, said in SYMBOLS.items():
         text = text.replace(symbol, said)
-    text = unicodedata.normalize("NFKD", text)
+    text = unicodedata.normalize("NFKD", text.translate(WITHOUT_MARK))
     text = "".join(c for c in text if not unicodedata.combining(c))
-    text = re.sub(r"\b[A-Z]{2,5}\b", _spell_acronym, text)
+    text = re.sub(r"\b([A-Z]{2,5})(s?)\b", _spell_acronym, text)
     text = text.lower()
     for short, full in ABBREVIATIONS.items():
         text = re.sub(rf"\b{re.escape(short)}\.(?=[\s,]|$)", full, text)
@@ -115,12 +77,15 @@ def normalise(text: str) -> str:
     return re.sub(r"(?<=[a-z])\.(?=[a-z])", " dot ", text).strip()
 
 
-def _spell_unit(match: re.Match[str]) -> str:
-    return f"{match[1]} {UNITS[match[2].lower()]}"
+def _letters(name: str) -> str:
+    """Letter by letter; "a" alone would be said like the article."""
+    return " ".join("ay" if letter in "aA" else letter for letter in name) + " "
 
 
 def _spell_acronym(match: re.Match[str]) -> str:
-    return match[0] if match[0].lower() in lexicon() else " ".join(match[0])
+    if match[0].lower() in lexicon():
+        return match[0]
+    return _letters(match[1]).rstrip() + ("'s" if match[2] else "")
 
 
 @cache
@@ -147,7 +112,7 @@ def _parts(text: str) -> list[tuple[list[str], str]]:
     """Clauses (words between commas) and the sign each ends with; a comma where none ends."""
     found: list[tuple[list[str], str]] = []
     for body, sign in re.findall(r"([^,.?!]*)([,.?!]+|$)", text):
-        words = [w for raw in body.split() for w in _pieces(raw.strip("'"))]
+        words = [w for raw in body.split() for w in _pieces(raw)]
         if words or (sign and found and found[-1][1] == ","):
             last = next((c for c in reversed(sign) if c in "?!."), "," if sign else ".")
             if words:
@@ -158,7 +123,9 @@ def _parts(text: str) -> list[tuple[list[str], str]]:
 
 
 def _pieces(word: str) -> list[str]:
-    return [word[i : i + LONGEST_WORD] for i in range(0, len(word), LONGEST_WORD)]
+    """At most LONGEST_WORD letters each; none without a letter."""
+    parts = (word[i : i + LONGEST_WORD].strip("'") for i in range(0, len(word), LONGEST_WORD))
+    return [part for part in parts if part]
 
 
 def sentences(
