@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 COLDEST = 1e-4
-"""A temperature of 0 is replaced by this: the largest score always wins."""
+"""A temperature of 0 is replaced by this, at which the largest score always wins."""
 REMEMBERED = 16
 """Frames that the repetition penalty looks back."""
 
@@ -33,20 +33,22 @@ def draw_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def penalise(scores: Tensor, recent: Tensor, counts: Tensor, penalty: Tensor) -> Tensor:
-    """Make recently chosen codes less likely.
+    """Make recently chosen codes less likely, each once.
 
-    ``scores``: (size,); ``recent``: (REMEMBERED,) codes, of which ``counts`` (bool) are real;
-    ``penalty``: () tensor.
+    ``scores``: (size,); ``recent``: (REMEMBERED,) codes, newest first, of which ``counts`` (bool)
+    are real, the real ones first; ``penalty``: () tensor.
     """
+    # What is not real repeats the newest: a code that is written twice gets the same score twice.
+    recent = torch.where(counts, recent, recent[:1])
     chosen = scores.index_select(0, recent)
     less = torch.where(chosen > 0, chosen / penalty, chosen * penalty)
-    return scores.index_copy(0, recent, torch.where(counts, less, chosen))
+    return scores.index_copy(0, recent, torch.where(counts[:1], less, chosen))
 
 
 def choose(scores: Tensor, noise: Tensor, temperature: Tensor, top_p: Tensor) -> Tensor:
     """(size,) scores and exponential noise -> (1,) code. All on the device, nothing is read back.
 
-    ``temperature`` and ``top_p``: () tensors.
+    ``temperature`` and ``top_p``: () tensors. At COLDEST the noise plays no part.
     """
     chances = torch.softmax(scores.float() / temperature, dim=-1)
     ordered, order = chances.sort(descending=True)
@@ -54,4 +56,5 @@ def choose(scores: Tensor, noise: Tensor, temperature: Tensor, top_p: Tensor) ->
     before = ordered.cumsum(-1) - ordered
     kept = torch.where(before < top_p, ordered, torch.zeros_like(ordered))
     best = (kept / noise.index_select(0, order)).argmax(-1, keepdim=True)
-    return order.index_select(0, best)
+    # However cold, two scores may be so near that the noise would decide.
+    return order.index_select(0, best * (temperature > COLDEST))
