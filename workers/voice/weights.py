@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -13,10 +14,14 @@ from torch import Tensor, nn
 
 from workers.voice.dual_ar import DualAR, DualARConfig
 from workers.voice.excitation import PitchBook
-from workers.voice.spelling import Spelling
+from workers.voice.phones import NUM_SYMBOLS, PHONE_ID
+from workers.voice.spectrum import STEPS
+from workers.voice.spelling import MAX_CHUNKS, Spelling
 
 DATA = Path(__file__).with_name("data")
 FILES = ("dual_ar.safetensors", "codec_decoder.onnx", "pitch.safetensors", "spelling.safetensors")
+
+Shape = tuple[int, ...]
 
 
 class WeightsError(ValueError):
@@ -48,10 +53,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise WeightsError(f"{path}: not a safetensors file ({error})") from None
 
 
-def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load with every key and shape accounted for; raises WeightsError naming the others."""
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
+def check(found: dict[str, Shape], expected: dict[str, Shape], path: Path) -> None:
+    """Raises WeightsError naming the keys that are missing, unexpected or of another shape."""
     wrong = [
         *(f"{name} is missing" for name in sorted(expected.keys() - found.keys())),
         *(f"{name} is unexpected" for name in sorted(found.keys() - expected.keys())),
@@ -64,8 +67,17 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise WeightsError(f"{path}: {'; '.join(wrong[:5])}{more}")
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Load with every key and shape accounted for; raises WeightsError naming the others."""
+    check(_shapes(tensors), _shapes(module.state_dict()), path)
     dtype = next(module.parameters()).dtype
     module.load_state_dict({name: value.to(dtype) for name, value in tensors.items()}, strict=True)
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, Shape]:
+    return {name: tuple(value.shape) for name, value in tensors.items()}
 
 
 def load(folder: Path = DATA) -> Weights:
@@ -78,32 +90,73 @@ def load(folder: Path = DATA) -> Weights:
             raise WeightsError(
                 f"{folder / name}: {error.strerror}; the voice needs {', '.join(FILES)} there"
             ) from None
-    path = folder / "dual_ar.safetensors"
+    model = _dual_ar(folder / "dual_ar.safetensors")
+    spelling, chunks = _spelling(folder / "spelling.safetensors")
+    pitch = _pitch(folder / "pitch.safetensors", model.config.codebook_size)
+    graph = folder / "codec_decoder.onnx"
+    return Weights(model, pitch, spelling, chunks, graph, digest.hexdigest()[:16])
+
+
+def _dual_ar(path: Path) -> DualAR:
     tensors, metadata = read(path)
     try:
-        config = DualARConfig.from_json(json.loads(metadata["config"]))
+        config = _config(json.loads(metadata["config"]))
     except (KeyError, ValueError) as error:
         raise WeightsError(f"{path}: its header has no configuration that fits: {error}") from None
     model = DualAR(config)
     fill(model, tensors, path)
+    return model.eval()
 
-    path = folder / "spelling.safetensors"
+
+def _config(values: Any) -> DualARConfig:
+    """Raises ValueError for what cannot be built, or would not fit the text and the codec."""
+    if not isinstance(values, dict):
+        raise ValueError("it is no JSON object")
+    config = DualARConfig.from_json(values)
+    for name, value in values.items():
+        whole = isinstance(getattr(DualARConfig, name), int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            raise ValueError(f"{name} = {value!r} is no {'whole number' if whole else 'number'}")
+        if value < 0 or (value == 0 and name != "dropout"):
+            raise ValueError(f"{name} = {value!r} is too small")
+    if config.n_head % config.n_local_heads or config.head_dim % 2:
+        raise ValueError(
+            f"n_head = {config.n_head} must be a multiple of n_local_heads = "
+            f"{config.n_local_heads}, and head_dim = {config.head_dim} even"
+        )
+    if config.vocab_size != NUM_SYMBOLS:
+        raise ValueError(f"vocab_size = {config.vocab_size}, the text has {NUM_SYMBOLS} symbols")
+    return config
+
+
+def _spelling(path: Path) -> tuple[Spelling, list[str]]:
     tensors, metadata = read(path)
-    spelling = Spelling()
-    fill(spelling, tensors, path)
-    chunks = json.loads(metadata["chunks"])
+    network = Spelling()
+    fill(network, tensors, path)
+    try:
+        chunks = json.loads(metadata["chunks"])
+    except (KeyError, ValueError):
+        raise WeightsError(f"{path}: its header has no list of chunks") from None
+    if (
+        not isinstance(chunks, list)
+        or not 0 < len(chunks) <= MAX_CHUNKS
+        or not all(isinstance(chunk, str) for chunk in chunks)
+    ):
+        raise WeightsError(f"{path}: its chunks must be a list of 1 to {MAX_CHUNKS} texts")
+    odd = {
+        phone for chunk in chunks for phone in chunk.split() if phone.rstrip("1") not in PHONE_ID
+    }
+    if odd:
+        raise WeightsError(f"{path}: its chunks hold unknown phones: {', '.join(sorted(odd)[:5])}")
+    return network.eval(), chunks
 
-    tensors, _ = read(folder / "pitch.safetensors")
+
+def _pitch(path: Path, codebook_size: int) -> PitchBook:
+    tensors, _ = read(path)
+    expected = {"pitch_book": (codebook_size, STEPS * 2), "pitch_stats": (3,)}
+    check(_shapes(tensors), expected, path)
     mean, std, weight = tensors["pitch_stats"].tolist()
-    pitch = PitchBook(tensors["pitch_book"].numpy(), mean, std, weight)
-    return Weights(
-        model.eval(),
-        pitch,
-        spelling.eval(),
-        chunks,
-        folder / "codec_decoder.onnx",
-        digest.hexdigest()[:16],
-    )
+    return PitchBook(tensors["pitch_book"].float().numpy(), mean, std, weight)
 
 
 def parameters(module: nn.Module) -> int:
