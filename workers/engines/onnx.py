@@ -78,6 +78,8 @@ class OnnxEngine:
             raise ValueError(
                 f'require = "{options.requirement}" is unknown: {", ".join(REQUIREMENTS)}'
             )
+        if not path.is_file():
+            raise ProviderError(f"{path}: there is no such graph")
         self.options = options
         self.refusals: list[str] = []
         """Why each provider before the one in use was passed over."""
@@ -92,10 +94,10 @@ class OnnxEngine:
                 self.provider = name
                 break
         else:
+            refusals = "; ".join(self.refusals)
             raise ProviderError(
-                f"{path.name}: no provider meets require = "
-                f'"{options.requirement}": {"; ".join(self.refusals)}. Install onnxruntime-gpu '
-                f'with its CUDA libraries, or set require = "any" to let it fall back'
+                f'{path}: no provider meets require = "{options.requirement}": {refusals}. '
+                f"{_remedy(options)}"
             )
         if self.refusals:
             log.warning(
@@ -164,6 +166,15 @@ class OnnxEngine:
             self.refusals.append(f"{name}: it took none of the nodes ({self.assignment})")
             return None
         return session
+
+
+def _remedy(options: Options) -> str:
+    if "cpu" in _chain(options):
+        return "A CPU takes any graph: is the file whole?"
+    return (
+        "Install onnxruntime-gpu with its CUDA libraries, "
+        'or set require = "any" to let it fall back'
+    )
 
 
 def _chain(options: Options) -> Sequence[str]:

@@ -1,0 +1,280 @@
+"""The provider chain: what is chosen, what is read back, what is refused and in which words."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from workers.engines import onnx as engine
+from workers.engines.onnx import REQUIREMENTS, OnnxEngine, Options, Profile, ProviderError
+
+GPUS = {engine.PROVIDERS[name] for name in ("tensorrt", "cuda")}
+WITH_GPU = bool(GPUS & set(onnxruntime.get_available_providers()))
+without_gpu = pytest.mark.skipif(WITH_GPU, reason="this onnxruntime has GPU providers")
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    """y = 2 x + 1, z = |x|: three nodes."""
+    made = helper.make_graph(
+        [
+            helper.make_node("Mul", ["x", "two"], ["twice"]),
+            helper.make_node("Add", ["twice", "one"], ["y"]),
+            helper.make_node("Abs", ["x"], ["z"]),
+        ],
+        "line",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "n"])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "n"]) for name in ("y", "z")],
+        [
+            helper.make_tensor("two", TensorProto.FLOAT, [1], [2.0]),
+            helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0]),
+        ],
+    )
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    path = tmp_path / "line.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def one_line(error: pytest.ExceptionInfo[ProviderError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_cpu_runs_it(graph: Path) -> None:
+    loaded = OnnxEngine(graph, Options())
+    x = np.array([[1.0, -2.0, 3.0]], dtype=np.float32)
+    y, z = loaded.run(x=x)
+    assert y.tolist() == [[3.0, -3.0, 7.0]]
+    assert z.tolist() == [[1.0, 2.0, 3.0]]
+    assert loaded.inputs == ["x"]
+    assert loaded.outputs == ["y", "z"]
+
+
+def test_what_runs_where_is_read_back(graph: Path) -> None:
+    health = OnnxEngine(graph, Options()).health()
+    assert health["provider"] == "cpu"
+    # Nodes may have been fused, none may be elsewhere.
+    assert set(health["nodes"]) == {"cpu"}
+    assert 1 <= health["nodes"]["cpu"] <= 3
+    assert "fallback" not in health
+
+
+def test_the_size_may_change_from_run_to_run(graph: Path) -> None:
+    loaded = OnnxEngine(graph, Options())
+    for size in (1, 7, 1, 1000):
+        x = np.random.default_rng(size).standard_normal((1, size), dtype=np.float32)
+        y, z = loaded.run(x=x)
+        np.testing.assert_array_equal(y, x * 2 + 1)
+        np.testing.assert_array_equal(z, np.abs(x))
+
+
+def test_arrays_in_any_order_are_taken(graph: Path) -> None:
+    x = np.arange(12, dtype=np.float32).reshape(1, 12)[:, ::-2]
+    assert not x.flags["C_CONTIGUOUS"]
+    y, _ = OnnxEngine(graph, Options()).run(x=x)
+    np.testing.assert_array_equal(y, x * 2 + 1)
+
+
+def test_an_answer_is_not_overwritten_by_the_next(graph: Path) -> None:
+    loaded = OnnxEngine(graph, Options())
+    first = loaded.run(x=np.full((1, 4), 1.0, np.float32))[0]
+    loaded.run(x=np.full((1, 4), 9.0, np.float32))
+    assert first.tolist() == [[3.0] * 4]
+
+
+@without_gpu
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+@pytest.mark.parametrize(
+    ("require", "refused"),
+    [("tensorrt", ["tensorrt"]), ("cuda", ["cuda"]), ("gpu", ["tensorrt", "cuda"])],
+)
+def test_a_gpu_that_is_required_and_missing(
+    graph: Path, device: str, require: str, refused: list[str]
+) -> None:
+    with pytest.raises(ProviderError) as error:
+        OnnxEngine(graph, Options(device=device, require=require))
+    message = one_line(error)
+    assert str(graph) in message
+    assert f'require = "{require}"' in message
+    for name in refused:
+        assert f"{name}: this build of onnxruntime has no {engine.PROVIDERS[name]}" in message
+    assert message.count("this build of onnxruntime") == len(refused)
+    assert "onnxruntime-gpu" in message
+    assert 'require = "any"' in message
+
+
+@without_gpu
+def test_a_gpu_is_required_on_a_gpu_unless_something_else_is_said(graph: Path) -> None:
+    with pytest.raises(ProviderError, match='require = "gpu"'):
+        OnnxEngine(graph, Options(device="cuda:0"))
+
+
+@without_gpu
+def test_any_falls_back_and_says_so_once(graph: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        loaded = OnnxEngine(graph, Options(device="cuda:0", require="any"))
+        for _ in range(3):
+            loaded.run(x=np.zeros((1, 2), np.float32))
+        health = loaded.health()
+    assert health["provider"] == "cpu"
+    tensorrt, cuda = health["fallback"]
+    assert tensorrt.startswith("tensorrt: ")
+    assert cuda.startswith("cuda: ")
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    for part in ("line.onnx", "cpu", tensorrt, cuda):
+        assert part in record.getMessage()
+
+
+def test_any_on_a_cpu_is_no_fallback(graph: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loaded = OnnxEngine(graph, Options(device="cpu", require="any"))
+    assert loaded.provider == "cpu"
+    assert loaded.refusals == []
+    assert not caplog.records
+
+
+def test_a_cpu_may_be_required_beside_a_gpu(graph: Path) -> None:
+    assert OnnxEngine(graph, Options(device="cuda:0", require="cpu")).provider == "cpu"
+
+
+def test_an_unknown_requirement_names_those_there_are(graph: Path) -> None:
+    with pytest.raises(ValueError, match='require = "rocm" is unknown') as error:
+        OnnxEngine(graph, Options(require="rocm"))
+    assert all(name in str(error.value) for name in REQUIREMENTS)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ProviderError, match=r"gone\.onnx: there is no such graph"):
+        OnnxEngine(tmp_path / "gone.onnx", Options())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_broken_file_is_no_missing_gpu(graph: Path, share: float) -> None:
+    graph.write_bytes(graph.read_bytes()[: int(graph.stat().st_size * share)])
+    with pytest.raises(ProviderError) as error:
+        OnnxEngine(graph, Options())
+    message = one_line(error)
+    assert str(graph) in message
+    assert "whole" in message
+    assert "onnxruntime-gpu" not in message
+
+
+class Elsewhere:
+    """A session whose provider registered and took nothing: all nodes are on the CPU."""
+
+    def __init__(self, *_: object, providers: list[tuple[str, dict[str, str]]], **__: object):
+        self.asked = providers[0]
+
+    def get_providers(self) -> list[str]:
+        return [self.asked[0], "CPUExecutionProvider"]
+
+    def get_provider_graph_assignment_info(self) -> list[Any]:
+        class Part:
+            ep_name = "CPUExecutionProvider"
+
+            @staticmethod
+            def get_nodes() -> list[int]:
+                return [1, 2, 3]
+
+        return [Part()]
+
+
+class NotLoaded(Elsewhere):
+    """A session whose provider's library could not be loaded: it is gone without an error."""
+
+    def get_providers(self) -> list[str]:
+        return ["CPUExecutionProvider"]
+
+
+class Fails(Elsewhere):
+    def __init__(self, *_: object, **__: object) -> None:
+        raise RuntimeError("libcublas.so.12: cannot open\nshared object file")
+
+
+@pytest.mark.parametrize(
+    ("session", "said"),
+    [
+        (Elsewhere, "cuda: it took none of the nodes ({'cpu': 3})"),
+        (NotLoaded, "cuda: its library did not load"),
+        (Fails, "cuda: RuntimeError: libcublas.so.12: cannot open shared object file"),
+    ],
+)
+def test_a_provider_in_name_only_is_refused(
+    graph: Path, monkeypatch: pytest.MonkeyPatch, session: Callable[..., Any], said: str
+) -> None:
+    """What a GPU machine with a broken installation does, played by a stand-in."""
+    every = list(engine.PROVIDERS.values())
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: every)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    with pytest.raises(ProviderError) as error:
+        OnnxEngine(graph, Options(device="cuda:0", require="cuda"))
+    assert said in one_line(error)
+
+
+def chosen(name: str, options: Options) -> dict[str, str]:
+    return engine._provider_options(name, options)
+
+
+def test_what_providers_are_told(tmp_path: Path) -> None:
+    profiles = {
+        "x": Profile((1, 1), (1, 8), (1, 48)),
+        "y": Profile((1, 2, 7), (1, 8, 7), (1, 48, 7)),
+    }
+    options = Options("cuda:3", cache_dir=tmp_path, profiles=profiles, memory_limit=2**30)
+    assert chosen("cpu", options) == {}
+    cuda = chosen("cuda", options)
+    assert cuda["device_id"] == "3"
+    assert cuda["gpu_mem_limit"] == str(2**30)
+    assert cuda["arena_extend_strategy"] == "kSameAsRequested"
+    tensorrt = chosen("tensorrt", options)
+    assert tensorrt["trt_engine_cache_path"] == tensorrt["trt_timing_cache_path"] == str(tmp_path)
+    assert tensorrt["trt_profile_min_shapes"] == "x:1x1,y:1x2x7"
+    assert tensorrt["trt_profile_opt_shapes"] == "x:1x8,y:1x8x7"
+    assert tensorrt["trt_profile_max_shapes"] == "x:1x48,y:1x48x7"
+    assert "trt_engine_cache_path" not in chosen("tensorrt", Options("cuda:0"))
+
+
+def test_one_engine_is_built_at_a_time(tmp_path: Path) -> None:
+    inside, most, lock = 0, 0, threading.Lock()
+
+    def build() -> None:
+        nonlocal inside, most
+        for _ in range(20):
+            with engine._locked(tmp_path / "cache"):
+                with lock:
+                    inside += 1
+                    most = max(most, inside)
+                with lock:
+                    inside -= 1
+
+    builders = [threading.Thread(target=build) for _ in range(4)]
+    for builder in builders:
+        builder.start()
+    for builder in builders:
+        builder.join(60)
+    assert most == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not WITH_GPU or not torch.cuda.is_available(),
+    reason="no CUDA device, or this onnxruntime has no GPU providers",
+)
+def test_a_gpu_takes_the_nodes(graph: Path) -> None:
+    loaded = OnnxEngine(graph, Options(device="cuda:0", require="cuda"))
+    x = np.random.default_rng(1).standard_normal((1, 100), dtype=np.float32)
+    np.testing.assert_allclose(loaded.run(x=x)[0], x * 2 + 1, rtol=1e-6)
+    assert loaded.assignment.get("cuda")
