@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.tiny_voice import CONFIG, tiny_conditions, tiny_model
+from tests.tiny_voice import CONFIG, one_thread, tiny_conditions, tiny_model
 from workers.contract import Cancelled, Work
 from workers.engines.graph import GraphEngine
 from workers.voice.decoding import FrameDecoder
@@ -20,6 +20,12 @@ from workers.voice.sampling import Sampling
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0.0)
 WARM = Sampling(temperature=0.8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def narrow() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 def decoder_of(model: DualAR | None = None, dtype: torch.dtype = torch.float32) -> FrameDecoder:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,3 +78,14 @@ def write_voice(
         save_file(kept, folder / f"{name}.safetensors", metadata)
     (folder / "codec_decoder.onnx").write_bytes(b"not looked into")
     return folder
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As workers run: these networks are too small to gain from more, and tests share cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -37,6 +37,9 @@ decoded twice. Streamed or not, a sentence is cut alike, so the samples are the 
 FASTEST, SLOWEST = 1.0, 80.0  # steps of a phone
 LONGEST_TEXT = " ".join(["the longest sentence that sizing has to know about"] * 3)
 
+ALLOWED = {"temperature": (0.0, 2.0), "top_p": (0.01, 1.0), "repetition_penalty": (0.5, 2.0)}
+"""What a request may set, and from where to where."""
+
 
 class Voice:
     """flite's ``slt``, learnt by a DualAR decoder; see the model card."""
@@ -61,7 +64,13 @@ class Voice:
         """
         self.folder = Path(weights) if weights else DATA
         self.dtype_name, self.require = dtype, require
-        self.sampling = Sampling(temperature, top_p, repetition_penalty)
+        self.sampling = _sampling(
+            {
+                "temperature": temperature,
+                "top_p": top_p,
+                "repetition_penalty": repetition_penalty,
+            }
+        )
         self.decoding_seconds = 0.0
 
     def setup(self, device: str) -> None:
@@ -129,18 +138,9 @@ class Voice:
             yield from self.samples(codes, len(conditions), own_seed, request.work)
 
     def _settings(self, request: SpeechRequest) -> Sampling:
-        values = {}
-        for name, low, high in (
-            ("temperature", 0.0, 2.0),
-            ("top_p", 0.01, 1.0),
-            ("repetition_penalty", 0.5, 2.0),
-        ):
-            value = request.extra.get(name, getattr(self.sampling, name))
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not low <= value <= high:
-                raise InvalidRequest(f"{name} = {value!r}: must be a number from {low} to {high}")
-            values[name] = float(value)
-        return Sampling(**values)
+        return _sampling(
+            {name: request.extra.get(name, getattr(self.sampling, name)) for name in ALLOWED}
+        )
 
     @torch.inference_mode()
     def _conditions(self, sentence: written.Sentence, speed: float) -> Tensor:
@@ -204,3 +204,13 @@ class Voice:
     @property
     def _pitch(self) -> PitchBook:
         return self.weights.pitch
+
+
+def _sampling(values: dict[str, Any]) -> Sampling:
+    """Raises InvalidRequest naming the value that is no number or out of range."""
+    for name, (low, high) in ALLOWED.items():
+        value = values[name]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not low <= value <= high:
+            raise InvalidRequest(f"{name} = {value!r:.60}: must be a number from {low} to {high}")
+    return Sampling(**{name: float(value) for name, value in values.items()})
