@@ -95,7 +95,7 @@ def main() -> None:
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * 0.5 * (1 + math.cos(math.pi * step / args.steps)) + 1e-6
-        picked = rng.sample(learnt, min(256, len(learnt)))
+        picked = rng.sample(learnt, min(128, len(learnt)))
         letters = [torch.tensor([LETTER_ID[c] for c in w]) for w in picked]
         says = [torch.tensor([number[" ".join(c)] for c in aligned[w]]) for w in picked]
         x = torch.nn.utils.rnn.pad_sequence(letters, batch_first=True)

@@ -14,7 +14,7 @@ MAX_CHUNKS = 512
 class Spelling(nn.Module):
     """letters (batch, length) -> scores (batch, length, MAX_CHUNKS)."""
 
-    def __init__(self, width: int = 160, layers: int = 4) -> None:
+    def __init__(self, width: int = 128, layers: int = 3) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(len(LETTERS) + 1, width, padding_idx=0)
         self.layers = nn.ModuleList(nn.Conv1d(width, width, 5, padding=2) for _ in range(layers))

@@ -1,0 +1,76 @@
+"""What one section of the proof is told, and what it gives back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Rows = Iterator[Row]
+"""What a section finds, as it finds it; each row names its ``table``."""
+GIB = 1 << 30
+
+
+class ProofError(Exception):
+    """Something that was to be proven does not hold, or could not be measured."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured."""
+
+    frames: int
+    """Of the sentence that is decoded."""
+    rounds: int
+    """Of each kind, in turn."""
+    copied: int
+    """Bytes of the block whose copying tells the bandwidth."""
+    copies: int
+    workers: tuple[int, ...]
+    window: float
+    """Seconds of closed loop for each number of workers."""
+    rest: float
+    """Seconds for which memory is watched with nothing running."""
+
+
+FULL = Scale(240, 6, 2 * GIB, 20, (1, 2, 3, 4, 6, 8), 2.5, 2.0)
+QUICK = Scale(12, 2, GIB // 64, 3, (1, 2), 0.5, 0.3)
+
+
+@dataclass(frozen=True)
+class Job:
+    device: str
+    """``cuda:0`` or ``cpu``."""
+    weights: str
+    """The voice's folder."""
+    logs: str
+    """Where worker processes write what they say."""
+    quick: bool = False
+    models: tuple[str, ...] = ("voice",)
+    """See ``subjects.load``."""
+    mps: bool = False
+    """Workers must be clients of the MPS daemon that the environment names."""
+    uuid: str = ""
+    """The device in the driver's terms; empty on a CPU."""
+
+    @property
+    def scale(self) -> Scale:
+        return QUICK if self.quick else FULL
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
+
+    def log(self, name: str) -> Path:
+        return Path(self.logs) / f"{name}.log"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        values = json.loads(text)
+        return cls(**{**values, "models": tuple(values["models"])})
