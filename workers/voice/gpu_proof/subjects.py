@@ -55,8 +55,10 @@ def default_dtype(job: Job) -> str:
 def load(job: Job, name: str, frames: int, dtype: str | None = None) -> Subject:
     """``voice``: the demo voice, saying a sentence again and again until there are ``frames``.
 
-    ``large``: LARGE with random weights.
+    ``large``: LARGE with random weights. Raises ValueError for any other name.
     """
+    if name not in {"voice", "large"}:
+        raise ValueError(f"no model is called {name!r}: it is voice or large")
     named = dtype or default_dtype(job)
     if name == "large":
         torch.manual_seed(1)
