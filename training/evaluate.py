@@ -1,6 +1,6 @@
 """Word error of the voice and of its teacher, by a recogniser, on sentences nobody trained on.
 
-    python -m training.evaluate --out loadtest/results/voice [--url http://127.0.0.1:8000]
+    python -m training.evaluate --out training/results [--url http://127.0.0.1:8000]
 
 pocketsphinx hears both with its own acoustic and language model; the ratio of the two errors is
 what counts, for the recogniser is far from perfect itself. Every sentence's row is written down.
@@ -107,7 +107,7 @@ def codec_speaker(folder: Path) -> Callable[[str], NDArray[np.int16]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("loadtest/results/voice"))
+    parser.add_argument("--out", type=Path, default=Path("training/results"))
     parser.add_argument(
         "--url", help="of a running farm; without it the voice runs in this process"
     )
