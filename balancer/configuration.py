@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,18 +176,24 @@ def open_file_limit() -> int:
     return 16384 if hard == resource.RLIM_INFINITY else min(hard, 16384)
 
 
-def write(config: BalancerConfig) -> bool:
+def write(config: BalancerConfig, check: Callable[[str], None] = lambda name: None) -> bool:
     """Write nginx.conf and the folders below the prefix. Returns whether the file changed.
 
-    The file is replaced in one step: a running nginx reads the old or the new one.
+    The file is replaced in one step: a running nginx reads the old or the new one. Before that
+    ``check`` is given the new one's name in the prefix: what it refuses by raising is removed
+    again, for a killed nginx comes back from the file that is there.
     """
     text = render(config)
     for folder in FOLDERS:
         (config.prefix / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
     path = config.prefix / CONF
-    if path.exists() and path.read_text() == text:
-        return False
     fresh = path.with_name(f"{CONF}.{os.getpid()}")
-    fresh.write_text(text)
-    fresh.replace(path)
-    return True
+    try:
+        fresh.write_text(text)
+        check(fresh.name)
+        changed = not path.exists() or path.read_text() != text
+        if changed:
+            fresh.replace(path)
+        return changed
+    finally:
+        fresh.unlink(missing_ok=True)

@@ -38,19 +38,19 @@ def version(program: Path) -> tuple[int, ...]:
     return tuple(int(part) for part in match.group(1).split("."))
 
 
-def command(program: Path, version: tuple[int, ...], prefix: Path) -> list[str]:
+def command(program: Path, version: tuple[int, ...], prefix: Path, conf: str = CONF) -> list[str]:
     """The command line that runs nginx in the foreground with everything below ``prefix``."""
-    arguments = [str(program), "-p", f"{prefix}/", "-c", str(prefix / CONF)]
+    arguments = [str(program), "-p", f"{prefix}/", "-c", str(prefix / conf)]
     if version >= (1, 19, 5):
         # Without it nginx complains about the system's error log before it has read its file.
         arguments += ["-e", str(prefix / ERROR_LOG)]
     return arguments
 
 
-def test(program: Path, version: tuple[int, ...], prefix: Path) -> None:
+def test(program: Path, version: tuple[int, ...], prefix: Path, conf: str = CONF) -> None:  # noqa: PT028 - no test
     """Let nginx itself check the written configuration; raises BalancerError with its complaint."""
     done = subprocess.run(
-        [*command(program, version, prefix), "-t"],
+        [*command(program, version, prefix, conf), "-t"],
         capture_output=True,
         text=True,
         timeout=TEST_TIMEOUT,
@@ -58,4 +58,4 @@ def test(program: Path, version: tuple[int, ...], prefix: Path) -> None:
     )
     complaints = [line for line in done.stderr.splitlines() if "[emerg]" in line] or [done.stderr]
     if done.returncode != 0:
-        raise BalancerError(f"nginx refuses {prefix / CONF}: {complaints[0].strip()}")
+        raise BalancerError(f"nginx refuses {prefix / conf}: {complaints[0].strip()}")

@@ -21,23 +21,30 @@ RELEASE_SECONDS = 1.0
 """How long an old process may take to let go of the port before it is killed."""
 
 
-def port_is_free(host: str, port: int) -> bool:
-    """Whether nginx could listen there now. A host that cannot be resolved counts as free:
-    nginx itself says what is wrong with it."""
+def why_not_free(host: str, port: int) -> OSError | None:
+    """Why nginx could not listen there now; None where it could. A `socket.gaierror` says that
+    the host cannot be resolved."""
     try:
         found = socket.getaddrinfo(
             None if host == "*" else host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-    except OSError:
-        return True
+    except OSError as error:
+        return error
     for family, kind, protocol, _, where in found:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(where)
-            except OSError:
-                return False
-    return True
+            except OSError as error:
+                return error
+    return None
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """Whether nginx could listen there now. A host that cannot be resolved counts as free:
+    nginx itself says what is wrong with it."""
+    problem = why_not_free(host, port)
+    return problem is None or isinstance(problem, socket.gaierror)
 
 
 def release_port(prefix: Path, host: str, port: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+import socket
 import subprocess
 import time
 from collections import Counter
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from balancer import processes as nginx_processes
-from balancer.start import port_is_free
+from balancer.start import why_not_free
 from launcher import farm as farms
 from launcher import orphans, ports, sizing, supervisor
 from launcher.client import AwayError, Client
@@ -61,14 +63,18 @@ class Up:
         running = farms.load(self.state)
         if running is not None and Supervisor(running.socket).alive():
             return self._refresh(running)
-        if running is not None:
-            self._clean(running)
-        return self._start()
+        self._clean(running)
+        try:
+            return self._start()
+        except BaseException:
+            if self.farm is None:  # nothing runs, so nothing is to be left
+                remove_traces(self.state)
+            raise
 
-    def _clean(self, running: Farm) -> None:
-        """End what a killed supervisor has left."""
-        grace = running.settings.workers.request_timeout
-        if count := orphans.clean(self.state.path, running.socket, grace):
+    def _clean(self, running: Farm | None) -> None:
+        """End what a killed supervisor has left, or a farm whose records were lost."""
+        settings = running.settings if running is not None else self.settings
+        if count := end_leftovers(self.state, settings.workers.request_timeout):
             self.say(f"ended {count} processes that an earlier farm had left behind")
 
     def _start(self) -> Farm:
@@ -96,9 +102,10 @@ class Up:
             self.state.desired_file.unlink(missing_ok=True)
             return
         ids = {slot.id for slot in plan.slots}
+        count, drained = wishes.get("count"), wishes.get("drained")
         kept = {
-            "count": min(wishes.get("count", plan.count), plan.capacity),
-            "drained": [id_ for id_ in wishes.get("drained", []) if id_ in ids],
+            "count": min(count if isinstance(count, int) else plan.count, plan.capacity),
+            "drained": [id_ for id_ in drained if id_ in ids] if isinstance(drained, list) else [],
         }
         write_json(self.state.desired_file, kept)
 
@@ -231,12 +238,24 @@ def judged(view: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_port(settings: Settings) -> None:
-    """Raises ConfigError where the public port is taken."""
-    if not port_is_free(settings.host, settings.port):
-        raise ConfigError(
-            f"port = {settings.port}: another program listens on {settings.host}:{settings.port}; "
-            "choose another with --port"
-        )
+    """Raises ConfigError where nginx could not listen on the public address."""
+    where = f"{settings.host}:{settings.port}"
+    problem = why_not_free(settings.host, settings.port)
+    if problem is None:
+        return
+    key, told = f"port = {settings.port}", "another program listens on"
+    remedy = "choose another with --port"
+    if isinstance(problem, socket.gaierror):
+        key, told = f"host = {settings.host}", "there is no such address:"
+        remedy = "name one of this machine with --host"
+    elif problem.errno == errno.EADDRNOTAVAIL:
+        key, told = f"host = {settings.host}", "this machine does not have the address of"
+        remedy = "name one that it has with --host"
+    elif problem.errno in (errno.EACCES, errno.EPERM):
+        told, remedy = "only root may listen on", "choose one from 1024 on with --port"
+    elif problem.errno != errno.EADDRINUSE:
+        told = f"{problem.strerror}:"
+    raise ConfigError(f"{key}: {told} {where}; {remedy}")
 
 
 def planned_from(settings: Settings) -> Any:
@@ -312,9 +331,15 @@ def _runs(pid: int, state: Path) -> bool:
     return any(process.pid == pid for process in orphans.supervisors_of(state))
 
 
-def remove_traces(farm: Farm) -> None:
+def end_leftovers(state: StateDir, graceful_seconds: float) -> int:
+    """End the processes of a farm whose supervisor does not answer. Returns how many."""
+    runtime = state.recorded_runtime()
+    socket = runtime / supervisor.SOCKET if runtime is not None else None
+    return orphans.clean(state.path, socket, graceful_seconds)
+
+
+def remove_traces(state: StateDir) -> None:
     """Remove what only a running farm needs; logs, caches, footprints and ports stay."""
-    state = farm.state
     names = ["supervisord.conf", "nginx.conf", "worker.json", "slots.json", farms.FARM_FILE]
     for path in (
         *(state.path / name for name in names),

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,8 +99,13 @@ def up(
         raise typer.Exit(stay(Up(settings, state, count, lambda line: print(line, flush=True))))
     with progress("bringing the farm up") as say, state.lock():
         run = Up(settings, state, count, say)
-        farm = run.bring_up()
-        view = run.wait(farm)
+        try:
+            farm = run.bring_up()
+            view = run.wait(farm)
+        except KeyboardInterrupt:
+            if run.farm is not None:
+                say("interrupted; the farm goes on starting: see `gpufarm ps`, or `gpufarm down`")
+            raise
     show(farm, view, as_json, closing=True)
 
 
@@ -159,7 +166,7 @@ def plan(
 
     settings = settings_of(config, state_dir=state_dir, workers__count=workers)
     current = None
-    if not (device or footprint or measure):
+    if not (device or footprint or measure or workers or ram or cores is not None):
         try:
             current = running_farm(StateDir(settings.state_dir)).plan
         except NotRunningError:
@@ -243,12 +250,18 @@ def logs(
 ) -> None:
     """Print the logs of the farm's processes."""
     from launcher.client import NotRunningError
+    from launcher.config import ConfigError
     from launcher.following import Follower
 
     state = state_of(config, state_dir)
     if not state.logs.is_dir():
         raise NotRunningError(f"there are no logs in {state.path}; no farm has run there")
     follower = Follower(state.logs, (process,) if process else (), print, lines)
+    if process and not follow and not (state.logs / f"{process}.log").exists():
+        there = ", ".join(sorted(path.stem for path in state.logs.glob("*.log"))) or "none"
+        raise ConfigError(
+            f"{process}: it has written nothing yet, or does not exist; logs: {there}"
+        )
     follower.show_new()
     if follow:
         follower.follow()
@@ -278,6 +291,8 @@ def _exit_code(error: Exception) -> int | None:
     from launcher.supervisor import SupervisorError
 
     if isinstance(error, RefusedError):
+        if error.status >= 500:
+            return FAILED
         return DOES_NOT_FIT if error.status == 409 else BAD_CONFIGURATION
     codes: tuple[tuple[type[Exception], int], ...] = (
         (ConfigError, BAD_CONFIGURATION),
@@ -304,6 +319,13 @@ def main() -> None:
         sys.exit(DONE)
     except Exception as error:
         code = _exit_code(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" ({error.filename})" if error.filename else ""
+            print(
+                f"gpufarm: the disk is full{where}; free some space and run the command again",
+                file=sys.stderr,
+            )
+            sys.exit(FAILED)
         if code is None:
             _explain_mistake(error)
             sys.exit(FAILED)
@@ -316,14 +338,15 @@ def _explain_mistake(error: Exception) -> None:
     import tempfile
     import traceback
 
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="gpufarm-error-", suffix=".txt", delete=False
-    ) as file:
-        traceback.print_exception(error, file=file)
-    print(
-        f"gpufarm: {type(error).__name__}: {error} (unexpected; details in {file.name})",
-        file=sys.stderr,
-    )
+    details = "no details: the folder for temporary files cannot be written"
+    with suppress(OSError):
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="gpufarm-error-", suffix=".txt", delete=False
+        ) as file:
+            traceback.print_exception(error, file=file)
+        details = f"details in {file.name}"
+    told = " ".join(str(error).split())
+    print(f"gpufarm: {type(error).__name__}: {told} (unexpected; {details})", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from launcher import farm as farms
+from launcher import orphans
 from launcher.farm import Farm
 from launcher.state import StateDir
 from launcher.supervisor import Supervisor
@@ -89,6 +90,16 @@ class Client:
 def running_farm(state: StateDir) -> Farm:
     """The farm that runs in a state directory. Raises NotRunningError."""
     farm = farms.load(state) if state.path.is_dir() else None
-    if farm is None or not Supervisor(farm.socket).alive():
+    if farm is None and orphans.supervisors_of(state.path):
+        raise AwayError(
+            f"the records of the farm in {state.path} are lost or unreadable; end what runs with "
+            f"`gpufarm down`, then start it with `gpufarm up`"
+        )
+    if farm is None:
         raise NotRunningError(f"no farm is running in {state.path}; start one with `gpufarm up`")
+    if not Supervisor(farm.socket).alive():
+        raise NotRunningError(
+            f"the farm in {state.path} has no supervisor: it is just starting or stopping, or it "
+            f"was killed; `gpufarm up` brings it back, `gpufarm down` ends what is left"
+        )
     return farm

@@ -29,6 +29,7 @@ from launcher.reconcile import (
     wanted,
 )
 from launcher.rotate import rotate_balancer_logs
+from launcher.sources import ConfigError
 from launcher.state import StateError
 from launcher.store import Store
 from launcher.supervisor import Supervisor, SupervisorError
@@ -105,7 +106,7 @@ class Controller:
         try:
             await work()
             self._tell("")
-        except (SupervisorError, StateError) as error:
+        except (SupervisorError, StateError, ConfigError) as error:
             self._tell(str(error))
         except Exception as error:
             log.exception("a round failed")
@@ -140,10 +141,17 @@ class Controller:
             self.memory = decision.memory
             self._log_changes(before)
             # Remembered before it is done: a controller that dies in between finds the process.
-            await self._remember()
+            # What cannot be remembered is done all the same: a full disk must stop no replacement.
+            unwritten = None
+            try:
+                await self._remember()
+            except (StateError, ConfigError) as error:
+                unwritten = error
             for action in decision.actions:
                 await asyncio.to_thread(self._act, action)
             self._watch()
+            if unwritten is not None:
+                raise unwritten
 
     def _may_become_ready(self, id_: str, sight: Seen) -> bool:
         return sight.alive and not sight.stopping and self.memory.of(id_).state != "ready"
@@ -280,6 +288,11 @@ class Controller:
         self.memory = replace(self.memory, roll=roll)
 
     async def _want(self, desired: Desired) -> None:
-        self.desired = desired
-        await self._remember()
+        """Raises RefusedError where it cannot be written down: then it is not wanted either."""
+        before, self.desired = self.desired, desired
+        try:
+            await self._remember()
+        except (StateError, ConfigError) as error:
+            self.desired = before
+            raise RefusedError(str(error), status=507) from None
         self.stir()

@@ -62,18 +62,24 @@ class Changes:
 
 
 def load(state: StateDir) -> Farm | None:
-    """The farm that was last brought up in this state directory and not taken down since."""
+    """The farm that was last brought up in this state directory and not taken down since.
+
+    None as well where its records cannot be understood: a crash or another version wrote them.
+    """
     record = read_json(state.path / FARM_FILE)
     settings, plan = read_json(state.settings_file), read_json(state.plan_file)
     if not record or not settings or not plan:
         return None
-    return Farm(
-        state=state,
-        settings=Settings.from_json(settings),
-        plan=Plan.from_json(plan),
-        admin_port=int(record["admin_port"]),
-        socket=Path(record["socket"]),
-    )
+    try:
+        return Farm(
+            state=state,
+            settings=Settings.from_json(settings),
+            plan=Plan.from_json(plan),
+            admin_port=int(record["admin_port"]),
+            socket=Path(record["socket"]),
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def save(farm: Farm) -> None:
@@ -127,14 +133,17 @@ def render(farm: Farm) -> Changes:
     state = farm.state
     program = nginx.find()
     version = nginx.version(program)
+    text = supervisor.render(supervisor_config(farm, program))
+    # Whatever is refused is refused before a file has changed: a running farm lives on from them.
+    changed_balancer = configuration.write(
+        balancer_config(farm, version),
+        lambda name: nginx.test(program, version, state.path, name),
+    )
     write_json(state.path / launch.WORKER_SPEC, launch.worker_spec(farm.settings, state.cache))
     write_json(
         state.path / launch.LAUNCHES,
         launch.launches(farm.settings, farm.plan, state.path, state.cache),
     )
-    changed_balancer = configuration.write(balancer_config(farm, version))
-    nginx.test(program, version, state.path)
-    text = supervisor.render(supervisor_config(farm, program))
     file = state.path / supervisor.CONF
     changed_supervisor = not file.exists() or file.read_text() != text
     if changed_supervisor:

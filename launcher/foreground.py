@@ -32,7 +32,7 @@ def stay(run: Up) -> int:
     except _Told:
         if run.farm is not None and run.child is not None:
             shut_down(run.farm)
-            remove_traces(run.farm)
+            remove_traces(run.state)
         return 0
     if run.child is None:
         raise UpError("the farm already runs in the background; end it with `gpufarm down` first")
@@ -65,7 +65,7 @@ class _Stay:
             ending.join(CHECK_SECONDS)
         self._follower.show_new()
         code = child.wait()
-        remove_traces(self._farm)
+        remove_traces(self._farm.state)
         if self._hopeless:
             return 1
         return 0 if asked and code == 0 else code if code > 0 else int(code < 0)

@@ -57,11 +57,12 @@ class Observer:
         if not may_start:
             self._sweep(id_)
         taken = clear and may_start and not ports.is_free(port)
+        log = self.farm.state.path / LOGS / f"{id_}.log"
         return Seen(
             exit_code=info.exit_code if info.started else None,
             clear=clear,
             taken_by=listener_of(port) if taken else "",
-            last_words="" if resting else last_line(self.farm.state.path / LOGS / f"{id_}.log"),
+            last_words="" if resting else words_since(log, info.started),
         )
 
     def _is_clear(self, id_: str, drained: bool) -> bool:
@@ -144,6 +145,14 @@ def last_line(log: Path) -> str:
     except OSError:
         return ""
     return next((line.strip()[:LONGEST_WORDS] for line in reversed(lines) if line.strip()), "")
+
+
+def words_since(log: Path, started: float) -> str:
+    """The last line of a process that was started then (Unix seconds), not of one before it."""
+    with suppress(OSError):
+        if log.stat().st_mtime >= started:
+            return last_line(log)
+    return ""
 
 
 def tree_memory(pid: int) -> int:

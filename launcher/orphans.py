@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from balancer import processes as nginx_processes
-from launcher.supervisor import CONF
+from launcher.supervisor import CONF, MODULE
 
 MARK = "SUPERVISOR_SERVER_URL"
 NAME_MARK = "SUPERVISOR_PROCESS_NAME"
@@ -55,7 +55,7 @@ def supervisors_of(state: Path) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
             line = process.cmdline()
-            if "supervisor.supervisord" in line and conf in line and _lives(process):
+            if MODULE in line and conf in line and _lives(process):
                 found.append(process)
     return found
 
@@ -93,12 +93,14 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
         process.send_signal(number)
 
 
-def clean(state: Path, socket: Path, graceful_seconds: float) -> int:
+def clean(state: Path, socket: Path | None, graceful_seconds: float) -> int:
     """End whatever is left of a farm whose supervisor does not answer: a hanging supervisor
-    itself, then nginx, then all others together. Returns how many processes there were."""
+    itself, then nginx, then all others together. Returns how many processes there were.
+
+    ``socket``: the supervisor's; None where there never was one."""
     hanging = supervisors_of(state)
     kill(hanging)
     count = len(hanging) + len(nginx_processes.end(state, graceful_seconds))
-    left = children_of(socket)
+    left = children_of(socket) if socket is not None else []
     end(left, graceful_seconds)
     return count + len(left)

@@ -78,6 +78,11 @@ class StateDir:
     def create(self) -> StateDir:
         """Make the directory and its folders, private. Raises ConfigError where that is refused."""
         try:
+            if self._is_somebody_elses():
+                raise ConfigError(
+                    f"state_dir = {self.path}: holds other files, and a farm would mix with them; "
+                    f"name a new or an empty folder with --state-dir"
+                )
             for folder in (self.path, self.logs, self.cache):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if stat.S_IMODE(self.path.stat().st_mode) & 0o077:
@@ -87,6 +92,16 @@ class StateDir:
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise self._refused(PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
         return self
+
+    def _is_somebody_elses(self) -> bool:
+        """Whether the folder is in use for something else: a farm closes its folder to others,
+        and `down` removes what it made there."""
+        if not self.path.is_dir():
+            return False
+        there = {entry.name for entry in self.path.iterdir()} - {"lost+found"}
+        marks = {"lock", self.ports_file.name, self.footprints_file.name}
+        ours = there & marks or {self.logs.name, self.cache.name} <= there
+        return bool(there) and not ours
 
     def _refused(self, error: OSError) -> Exception:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -101,14 +116,23 @@ class StateDir:
 
         The choice is recorded, since a later command may run without ``XDG_RUNTIME_DIR``.
         """
-        record = self.path / "runtime"
+        if recorded := self.recorded_runtime():
+            return recorded
+        folder = self._make_runtime()
+        write_text(self._runtime_record, f"{folder}\n")
+        return folder
+
+    @property
+    def _runtime_record(self) -> Path:
+        return self.path / "runtime"
+
+    def recorded_runtime(self) -> Path | None:
+        """The sockets' directory that was chosen before and is still there."""
         with suppress(OSError, ValueError):
-            recorded = Path(record.read_text(encoding="utf-8").strip())
+            recorded = Path(self._runtime_record.read_text(encoding="utf-8").strip())
             if recorded.is_absolute() and _is_private(recorded):
                 return recorded
-        folder = self._make_runtime()
-        write_text(record, f"{folder}\n")
-        return folder
+        return None
 
     def _make_runtime(self) -> Path:
         digest = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()[:10]
@@ -133,12 +157,10 @@ class StateDir:
 
     def remove_runtime(self) -> None:
         """Take the sockets' directory away again; nothing happens where there is none."""
-        record = self.path / "runtime"
-        with suppress(OSError, ValueError):
-            folder = Path(record.read_text(encoding="utf-8").strip())
-            if folder.name.startswith("gpufarm-") and _is_private(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-        record.unlink(missing_ok=True)
+        folder = self.recorded_runtime()
+        if folder is not None and folder.name.startswith("gpufarm-"):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._runtime_record.unlink(missing_ok=True)
 
     @contextmanager
     def lock(self, wait: float = 0.0) -> Iterator[None]:
@@ -159,15 +181,16 @@ class StateDir:
                 except BlockingIOError:
                     if time.monotonic() >= deadline:
                         file.seek(0)
-                        holder = file.read().strip() or "unknown"
+                        holder = file.read().strip()
+                        who = f" (pid {holder})" if holder else ""
                         raise LockedError(
-                            f"another gpufarm command (pid {holder}) is working on {self.path}; "
-                            f"wait for it"
+                            f"another gpufarm command{who} is working on {self.path}; wait for it"
                         ) from None
                     time.sleep(0.05)
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
+            with suppress(OSError):  # who holds it is told to others; a full disk is no obstacle
+                file.truncate(0)
+                file.write(f"{os.getpid()}\n")
+                file.flush()
             yield
 
     def ports(self) -> tuple[int, ...]:

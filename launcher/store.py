@@ -39,7 +39,8 @@ class Store:
             )
         except (KeyError, TypeError, ValueError):
             # Written by another version: the count is what matters, the rest is seen again.
-            return Desired(int(data.get("count", farm.plan.count))), Memory()
+            count = data.get("count")
+            return Desired(count if isinstance(count, int) else farm.plan.count), Memory()
 
     def write(self, desired: Desired, memory: Memory) -> None:
         data = {

@@ -20,6 +20,7 @@ from launcher.sources import ConfigError
 
 T = TypeVar("T")
 
+MODULE = "launcher.supervising"
 CONF = "supervisord.conf"
 PID_FILE = "run/supervisord.pid"
 LOGS = "logs"
@@ -246,7 +247,7 @@ def _info(info: dict[str, Any]) -> ProcessInfo:
 
 def command(state: Path) -> tuple[str, ...]:
     """The command line that runs supervisord in the foreground."""
-    return python_module("supervisor.supervisord", "-c", str(state / CONF), "-n")
+    return python_module(MODULE, "-c", str(state / CONF), "-n")
 
 
 def environment(base: dict[str, str] | None = None) -> dict[str, str]:

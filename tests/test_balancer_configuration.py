@@ -106,6 +106,22 @@ def test_a_refused_file_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_refused_does_not_replace_what_serves(tmp_path: Path) -> None:
+    """A killed nginx comes back from the file that is there, so that one has to be sound."""
+    program = nginx.find()
+    version = nginx.version(program)
+    good = config(tmp_path, version=version)
+    assert write(good, lambda name: nginx.test(program, version, tmp_path, name))
+    before = (tmp_path / "nginx.conf").read_text()
+    with pytest.raises(nginx.BalancerError, match="nowhere"):
+        write(
+            replace(good, host="nowhere.invalid"),
+            lambda name: nginx.test(program, version, tmp_path, name),
+        )
+    assert (tmp_path / "nginx.conf").read_text() == before
+    assert [path.name for path in tmp_path.glob("nginx.conf*")] == ["nginx.conf"]
+
+
 def test_errors_are_json_in_openais_shape(tmp_path: Path) -> None:
     for status, answer in error_answers(config(tmp_path)).items():
         error = json.loads(answer.body[1:-1])["error"]

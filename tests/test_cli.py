@@ -132,3 +132,19 @@ def test_help_feels_instant(tmp_path: Path) -> None:
     begun = time.monotonic()
     gpufarm(tmp_path, "plan", "--help")
     assert time.monotonic() - begun < 3
+
+
+@pytest.mark.parametrize("options", [["--cores", "-1"], ["--ram", "x"], ["--workers", "0"]])
+def test_what_a_plan_is_asked_for_is_checked(tmp_path: Path, options: list[str]) -> None:
+    told = gpufarm(tmp_path, "plan", "--footprint", "1GiB", *options)
+    assert told.returncode == 2
+    assert len(told.stderr.splitlines()) == 1
+
+
+def test_logs_of_what_has_written_none(tmp_path: Path) -> None:
+    (tmp_path / "state" / "logs").mkdir(parents=True)
+    (tmp_path / "state" / "logs" / "w1.log").write_text("hello\n")
+    assert "hello" in gpufarm(tmp_path, "logs", "w1", "--state-dir", "state").stdout
+    told = gpufarm(tmp_path, "logs", "w9", "--state-dir", "state")
+    assert told.returncode == 2
+    assert "w9: it has written nothing yet, or does not exist; logs: w1" in told.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -19,7 +20,14 @@ from launcher.config import load
 from launcher.farm import Farm
 from launcher.inventory import Device, Footprint, Host, Tenant
 from launcher.nvml import Driver
-from launcher.observe import Observer, device_memory, last_line, listener_of, tree_memory
+from launcher.observe import (
+    Observer,
+    device_memory,
+    last_line,
+    listener_of,
+    tree_memory,
+    words_since,
+)
 from launcher.planning import Limits, plan
 from launcher.reconcile import Memory, Record
 from launcher.state import StateDir
@@ -231,3 +239,13 @@ def test_last_lines(tmp_path: Path) -> None:
     log.write_text("x" * 10000 + "\n" + "the end " + "y" * 1000 + "\n \n")
     assert last_line(log).startswith("the end")
     assert len(last_line(log)) == 300
+
+
+def test_last_words_are_those_of_the_process_that_ended(tmp_path: Path) -> None:
+    """The log outlives many processes, and a crash without a word must not quote another's."""
+    log = tmp_path / "w1.log"
+    log.write_text("an older process could not load\n")
+    os.utime(log, (1000, 1000))
+    assert words_since(log, 1001) == ""
+    assert words_since(log, 1000) == "an older process could not load"
+    assert words_since(tmp_path / "w2.log", 0) == ""

@@ -184,3 +184,25 @@ def test_ports_are_remembered(state: StateDir) -> None:
     assert state.ports() == (20001, 20002)
     write_json(state.ports_file, {"odd": 1})
     assert state.ports() == ()
+
+
+@pytest.mark.parametrize("name", ["run", "gpufarm.toml", "logs"])
+def test_a_folder_in_use_for_something_else_is_refused_and_left_alone(
+    tmp_path: Path, name: str
+) -> None:
+    """`down` removes what a farm makes, and a farm closes its folder to others."""
+    tmp_path.chmod(0o755)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match="holds other files"):
+        StateDir(tmp_path).create()
+    assert mode(tmp_path) == 0o755
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_farms_own_folder_is_known_again_whatever_was_removed(state: StateDir) -> None:
+    with state.lock():
+        shutil.rmtree(state.logs)
+        shutil.rmtree(state.cache)
+        (state.path / "nginx.conf").touch()
+    state.create()
+    assert state.logs.is_dir()

@@ -309,7 +309,7 @@ def test_a_killed_supervisor_leaves_nothing_that_up_cannot_find(farm: FarmUnderT
     stranger = psutil.Popen(["sleep", "100"])
     old = [process.pid for process in farm.processes()]
     try:
-        os.kill(farm.pid_of("supervisor.supervisord"), signal.SIGKILL)
+        os.kill(farm.pid_of("launcher.supervising"), signal.SIGKILL)
         farm.run("ps", expect=4)
         done = farm.run("up")
         assert "an earlier farm had left" in done.stderr

@@ -1,0 +1,141 @@
+"""What an operator gets wrong, and what a machine does to a farm: it is told, and survived."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from balancer import processes
+from launcher.farm import FARM_FILE
+from tests.farm.harness import FarmUnderTest, new_farm
+from tests.waiting import listens, until
+
+
+def test_a_refused_configuration_changes_nothing_of_a_running_farm() -> None:
+    with new_farm(workers="count = 1") as farm:
+        farm.run("up")
+        before = {path.name: path.read_text() for path in farm.state.glob("*.*") if path.is_file()}
+        refused = farm.run("up", "--host", "nowhere.invalid", expect=2).stderr
+        assert "host = nowhere.invalid: there is no such address" in refused
+        address = farm.run("up", "--host", "203.0.113.1", expect=2).stderr
+        assert "this machine does not have the address" in address
+        farm.run("up", "--workers", "5", expect=3)
+        after = {path.name: path.read_text() for path in farm.state.glob("*.*") if path.is_file()}
+        assert after == before
+        master = processes.running_master(farm.state)
+        assert master is not None
+        os.kill(master, signal.SIGKILL)
+        until(lambda: processes.running_master(farm.state) not in (None, master), "a new nginx")
+        until(lambda: listens(farm.port), "it serves")
+
+
+@pytest.mark.parametrize("damage", ["{", '{"another": "version"}'])
+def test_a_farm_whose_records_are_lost_can_be_ended_and_replaced(damage: str) -> None:
+    with new_farm(workers="count = 1") as farm:
+        farm.run("up")
+        for name in (FARM_FILE, "plan.json", "settings.json"):
+            (farm.state / name).write_text(damage)
+            told = farm.run("ps", expect=1).stderr
+            assert "lost or unreadable" in told
+            assert "gpufarm down" in told
+        farm.run("down")
+        assert farm.processes() == []
+        assert not listens(farm.port)
+        farm.run("up")
+        (farm.state / FARM_FILE).write_text(damage)
+        farm.run("up")
+        assert set(farm.states().values()) == {"ready"}
+        assert len([p for p in farm.processes() if "launcher.supervising" in p.cmdline()]) == 1
+
+
+def test_a_farm_whose_directory_was_removed_can_be_ended() -> None:
+    with new_farm(workers="count = 1") as farm:
+        farm.run("up")
+        pids = [process.pid for process in farm.processes()]
+        shutil.rmtree(farm.state)
+        farm.run("down")
+        until(lambda: not any(psutil.pid_exists(pid) for pid in pids), "nothing is left")
+
+
+def test_wishes_that_make_no_sense_are_not_wished() -> None:
+    with new_farm(workers="count = 1") as farm:
+        farm.run("up")
+        desired = farm.state / "desired.json"
+        for nonsense in ('{"count": "many", "drained": 7}', "[1]", "nul"):
+            desired.write_text(nonsense)
+            old = farm.pid_of("launcher.controlling")
+            os.kill(old, signal.SIGKILL)
+            farm.wait_for_another_controller(old)
+            assert farm.states() == {"w1": "ready"}
+        os.kill(farm.pid_of("launcher.supervising"), signal.SIGKILL)
+        desired.write_text('{"count": "many", "drained": 7}')
+        assert "no supervisor" in farm.run("ps", expect=4).stderr
+        farm.run("up")
+        assert farm.states() == {"w1": "ready"}
+
+
+@contextmanager
+def small_disk(at: Path) -> Iterator[Path]:
+    """A file system of a few hundred kilobytes; skipped where none may be mounted."""
+    at.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(at)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs to mount a small disk")
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", "-l", str(at)], check=True)
+
+
+def fill(disk: Path) -> None:
+    with (disk / "full").open("ab", buffering=0) as file:
+        try:
+            while file.write(b"x" * 1024):
+                pass
+        except OSError:
+            return
+
+
+def test_a_full_disk_stops_neither_requests_nor_replacements() -> None:
+    with new_farm(workers="count = 2") as farm, small_disk(farm.folder / "disk") as disk:
+        farm.configure(
+            (farm.folder / "gpufarm.toml").read_text().replace('"state"', '"disk/state"')
+        )
+        at = FarmUnderTestAt(farm.folder, farm.port)
+        try:
+            at.run("up")
+            supervisor = at.pid_of("launcher.supervising")
+            fill(disk)
+            told = at.run("scale", "1", expect=1).stderr
+            assert "the disk is full" in told
+            assert len(told.splitlines()) == 1
+            victim = at.pids()["w1"]
+            os.kill(victim, signal.SIGKILL)
+            until(lambda: at.pids().get("w1") not in (None, victim), "a successor")
+            at.wait_for(w1="ready", w2="ready")
+            assert at.pid_of("launcher.supervising") == supervisor
+            assert httpx.post(f"{at.url}/work", timeout=20).status_code == 200
+            assert "the disk is full" in json.dumps(at.admin("GET", "/workers").json()["problem"])
+            (disk / "full").unlink()
+            at.run("scale", "1")
+        finally:
+            at.end()
+        assert at.processes() == []
+
+
+class FarmUnderTestAt(FarmUnderTest):
+    """With its state on the small disk."""
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "disk" / "state"
