@@ -20,11 +20,11 @@ Audio = NDArray[np.float32]
 """Mono samples in [-1, 1], shape (samples,)."""
 
 
-class Cancelled(Exception):
+class Cancelled(Exception):  # noqa: N818 - an answer, not a fault
     """The caller has left or the deadline has passed; the work is to be dropped."""
 
 
-class InvalidRequest(ValueError):
+class InvalidRequest(ValueError):  # noqa: N818 - the name says what it is to its reader
     """A model's way of refusing a request: answered as 400 with this message."""
 
 
