@@ -30,7 +30,7 @@ from workers.voice.gpu_proof.meter import Card, first_card
 from workers.voice.gpu_proof.section import Outcome, carry_out
 from workers.voice.weights import DATA
 
-WHOLE = 450.0
+WHOLE = 400.0
 """Seconds for everything: what has not begun by then does not begin."""
 DISTRIBUTIONS = ("torch", "onnxruntime", "onnxruntime-gpu", "numpy", "safetensors", "nvidia-ml-py")
 

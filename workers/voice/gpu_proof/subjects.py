@@ -65,6 +65,8 @@ def load(job: Job, name: str, frames: int, dtype: str | None = None) -> Subject:
         with torch.device(job.device):
             network = DualAR(LARGE).eval().to(dtype_of(named))
             conditions = torch.randn(frames, LARGE.dim, dtype=dtype_of(named))
+        if job.on_gpu:
+            torch.cuda.empty_cache()  # it was made in single precision
         return Subject(name, network, conditions, dtype_of(named), "random")
     voice = whole_voice(job, named)
     (first, *_) = written.sentences(LONGEST_TEXT, voice.spell)
