@@ -32,7 +32,7 @@ from launcher.rotate import rotate_balancer_logs
 from launcher.sources import ConfigError
 from launcher.state import StateError
 from launcher.store import Store
-from launcher.supervisor import Supervisor, SupervisorError
+from launcher.supervisor import GRACE_AFTER_REQUEST, Supervisor, SupervisorError
 
 T = TypeVar("T")
 log = logging.getLogger("controller")
@@ -42,6 +42,8 @@ CALM_INTERVAL = 1.0
 """Seconds between two looks, while something is under way and otherwise."""
 BUSY_AFTER_EVENT = 3.0
 ROTATE_INTERVAL = 15.0
+LISTEN_INTERVAL = 5.0
+"""Seconds between two questions to every ready worker whether it still answers."""
 
 
 class RefusedError(Exception):
@@ -68,6 +70,9 @@ class Controller:
         self._busy_until = 0.0
         self._watched: dict[int, int] = {}
         """pid → pidfd"""
+        self._listened = 0.0
+        self._silent_since: dict[int, float] = {}
+        """pid → when it was first asked in vain (monotonic seconds)"""
         self._lock = asyncio.Lock()
         """Held around supervisord's connection and around every change of mind."""
         self._stored: tuple[Desired, Memory] | None = None
@@ -128,6 +133,7 @@ class Controller:
                 else sight
                 for id_, sight in seen.items()
             }
+            await self._listen()
             before = self.memory
             decision = decide(
                 self.places,
@@ -136,6 +142,7 @@ class Controller:
                 self.seen,
                 now=time.monotonic(),
                 load_timeout=self.farm.settings.workers.load_timeout,
+                silence=self.farm.settings.workers.request_timeout + GRACE_AFTER_REQUEST,
                 spec=self.farm.digest,
             )
             self.memory = decision.memory
@@ -152,6 +159,23 @@ class Controller:
             self._watch()
             if unwritten is not None:
                 raise unwritten
+
+    async def _listen(self) -> None:
+        """Ask the ready workers whether they answer at all. Ours do so whatever the model does,
+        and are never silent for longer than a request may take; a server of the user's may be."""
+        ready = {} if self.farm.foreign else {i: self.seen[i].pid for i in self.ready()}
+        if time.monotonic() - self._listened > LISTEN_INTERVAL:
+            self._listened = time.monotonic()
+            answers = await asyncio.gather(*map(self._observer.answers, ready))
+            self._silent_since = {
+                pid: self._silent_since.get(pid, self._listened)
+                for pid, answered in zip(ready.values(), answers, strict=True)
+                if not answered
+            }
+        for id_, pid in ready.items():
+            if (since := self._silent_since.get(pid)) is not None:
+                silent = self._listened - since
+                self.seen[id_] = replace(self.seen[id_], silent=silent)
 
     def _may_become_ready(self, id_: str, sight: Seen) -> bool:
         return sight.alive and not sight.stopping and self.memory.of(id_).state != "ready"

@@ -123,6 +123,15 @@ class Observer:
         any_page = self.farm.foreign and path == "/" and status < 500
         return status < READY_BELOW or any_page
 
+    async def answers(self, id_: str) -> bool:
+        """Whether the slot's worker, one of ours, says anything at all."""
+        slot = next(slot for slot in self.farm.plan.slots if slot.id == id_)
+        try:
+            await get(slot.port, "/livez", PROBE_SECONDS)
+        except NoAnswerError:
+            return False
+        return True
+
 
 def listener_of(port: int) -> str:
     """Who listens on a port, for an error message."""

@@ -57,6 +57,8 @@ class Seen:
     """It has answered. Ignored once it was ready: a busy server may not answer its health path."""
     clear: bool = True
     """Nothing is left of its last process: no child, no device memory."""
+    silent: float = 0.0
+    """Seconds for which it has not answered at all; only told of servers that always can."""
     taken_by: str = ""
     """A process that is not ours and listens on its port."""
     last_words: str = ""
@@ -84,7 +86,7 @@ class Record:
     spec: str = ""
     """Digest of what it was started with."""
     overdue: bool = False
-    """It was ended because it was not ready in time."""
+    """It was ended because it was not ready in time, or answered no more."""
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,13 @@ def decide(
     *,
     now: float,
     load_timeout: float,
+    silence: float = float("inf"),
     spec: str = "",
 ) -> Decision:
     """The next actions, and what to remember. Every action is to be carried out before the next
-    call, which then sees its effect."""
+    call, which then sees its effect.
+
+    ``silence``: seconds after which a worker that does not answer is taken for a hanging one."""
     actions: list[Action] = []
     for place in places:
         old = memory.of(place.id)
@@ -177,6 +182,11 @@ def decide(
             new = replace(
                 new, overdue=True, error=f"{place.id} was not ready within {load_timeout:g} s"
             )
+            actions.append(Action("kill", place.id))
+        silent = seen.get(place.id, Seen()).silent
+        if new.state == "ready" and silent > silence and not new.overdue:
+            error = f"{place.id} did not answer for {silent:.0f} s, and was killed"
+            new = replace(new, overdue=True, error=error)
             actions.append(Action("kill", place.id))
         memory = memory.with_record(place.id, new)
 

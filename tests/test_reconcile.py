@@ -25,6 +25,7 @@ from launcher.reconcile import (
 )
 
 LOAD_TIMEOUT = 60.0
+SILENCE = 20.0
 STEP = 0.5
 
 
@@ -54,6 +55,8 @@ class World:
     """Slot → exit code with which its workers end as soon as they have loaded."""
     unclear: set[str] = field(default_factory=set)
     taken: dict[str, str] = field(default_factory=dict)
+    frozen: dict[str, float] = field(default_factory=dict)
+    """Slot → since when its worker answers nothing."""
     started: list[str] = field(default_factory=list)
     drains: list[str] = field(default_factory=list)
     next_pid: int = 1000
@@ -97,9 +100,9 @@ class World:
             code = self.exits.get(id_)
             return Seen(exit_code=code, clear=clear, taken_by=taken, last_words="no such file")
         stopping = process.ends_at is not None
-        return Seen(
-            alive=True, stopping=stopping, pid=process.pid, ready=process.ready_at <= self.now
-        )
+        ready = process.ready_at <= self.now
+        silent = self.now - self.frozen.get(id_, self.now)
+        return Seen(alive=True, stopping=stopping, pid=process.pid, ready=ready, silent=silent)
 
     def step(self) -> None:
         decision = decide(
@@ -109,6 +112,7 @@ class World:
             self.see(),
             now=self.now,
             load_timeout=LOAD_TIMEOUT,
+            silence=SILENCE,
             spec="spec",
         )
         self.memory = decision.memory
@@ -188,6 +192,21 @@ def test_scaling_down_never_ends_the_only_worker_that_serves() -> None:
     assert world.states() == "starting ready stopped stopped"
     world.run(10)
     assert world.states() == "ready stopped stopped stopped"
+
+
+def test_a_worker_that_hangs_is_killed_once_and_replaced() -> None:
+    world = running(count=2)
+    world.frozen["w1"] = world.now
+    world.run(SILENCE)
+    assert world.states().startswith("ready ready"), "busy is not hanging"
+    world.run(2 * STEP)
+    assert world.drains == ["w1"]
+    assert "w1 did not answer for 20 s" in world.memory.of("w1").error
+    del world.frozen["w1"]
+    world.run(world.load_seconds + 2)
+    assert world.states().startswith("ready ready")
+    assert world.memory.of("w1").restarts == 1
+    assert world.memory.of("w1").error == ""
 
 
 def test_a_crashed_worker_is_back_within_its_load_time_and_two_seconds() -> None:

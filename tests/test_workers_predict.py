@@ -60,6 +60,16 @@ def test_other_types_arrive_as_bytes(echo: WorkerProcess) -> None:
     assert echo.client.post("/predict", content=b"3", headers=problem).json() == {"echo": 3}
 
 
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", ""])
+def test_json_that_is_not_called_so(echo: WorkerProcess, kind: str) -> None:
+    """`curl -d '{"a": 1}'` calls its body a form."""
+    headers = {"content-type": kind} if kind else {}
+    for body, answer in ((b' {"a": 1}', b'{"echo":{"a":1}}'), (b"[2]", b'{"echo":[2]}')):
+        assert echo.client.post("/predict", content=body, headers=headers).content == answer
+    for body in (b"a=b", b"3", b"{no json"):
+        assert echo.client.post("/predict", content=body, headers=headers).content == body[::-1]
+
+
 def test_every_answer_says_who_and_how_long(echo: WorkerProcess) -> None:
     answer = echo.predict(1, headers={"X-Request-ID": "abc-1.2"})
     assert answer.headers["x-worker-id"] == "w1"

@@ -234,6 +234,12 @@ class Line:
         return int(self._current is not None)
 
     @property
+    def running_seconds(self) -> float:
+        """How long the running job has had the device; 0 where none runs. Any thread."""
+        job = self._current
+        return job.service_seconds if job is not None else 0.0
+
+    @property
     def waiting(self) -> int:
         return max(0, self._admitted - self.running)
 

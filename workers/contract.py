@@ -93,7 +93,8 @@ class Model(Protocol):
         """Load onto ``device``: ``"cuda:0"`` or ``"cpu"``."""
 
     def predict(self, request: Any) -> Any:
-        """``request`` is parsed JSON, or bytes for any other content type.
+        """``request`` is parsed JSON, or bytes for any other content type (a JSON object or list
+        that comes without one, as from plain `curl -d`, is parsed as well).
 
         Returns a JSON-ready value, bytes or str; or yields those (a stream).
         """

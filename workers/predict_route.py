@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,8 @@ from workers.errors import ApiError
 from workers.exchange import Exchange, parse_json
 from workers.worker import Worker
 
+_UNDECLARED = ("", "application/x-www-form-urlencoded")
+"""What `curl -d` and bare clients say of any body, whatever it is."""
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 
@@ -50,6 +53,9 @@ class Predict:
             return await _form(exchange, body) if kind in _FORMS else parse_json(body)
         if kind == "application/json" or kind.endswith("+json"):
             return parse_json(body)
+        if kind in _UNDECLARED and body.lstrip()[:1] in (b"{", b"["):
+            with suppress(ApiError):
+                return parse_json(body)
         return body
 
 

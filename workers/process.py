@@ -1,6 +1,7 @@
 """One worker process: reserve the port, load, warm up, listen, drain, end.
 
-Exit codes: 0 drained, 1 port taken or device lost, 3 could not load; anything else is a crash.
+Exit codes: 0 drained, 1 port taken, device lost or model stuck, 3 could not load; anything else
+is a crash.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from workers.metrics import Metrics
 from workers.served import load
 from workers.server import PortTaken, Server, reserve
 from workers.spec import Spec, read_spec
+from workers.watch import watch
 from workers.worker import Worker
 
 EXIT_FAILED = 1
@@ -76,6 +78,7 @@ def _load_and_listen(options: argparse.Namespace, spec: Spec, reserved: socket.s
     log.info(
         "loaded %s device=%s seconds=%.2f", spec.target, options.device, time.perf_counter() - began
     )
+    watch(line, spec.request_timeout)
     Server(build_app(worker), worker).listen(reserved)
     return _drained(line)
 

@@ -17,7 +17,7 @@ import pytest
 
 from balancer import processes
 from launcher.farm import FARM_FILE
-from tests.farm.harness import FarmUnderTest, new_farm
+from tests.farm.harness import REPOSITORY, FarmUnderTest, new_farm
 from tests.waiting import listens, until
 
 
@@ -139,3 +139,57 @@ class FarmUnderTestAt(FarmUnderTest):
     @property
     def state(self) -> Path:
         return self.folder / "disk" / "state"
+
+
+MODEL = """
+import time
+
+class Work:
+    def setup(self, device):
+        pass
+
+    def predict(self, request):
+        time.sleep(request.get("seconds", 0.01))
+        return {}
+"""
+
+
+def with_own_workers(farm: FarmUnderTest, request_timeout: float) -> None:
+    (farm.folder / "work.py").write_text(MODEL)
+    farm.configure(f"""
+port = {farm.port}
+state_dir = "state"
+model.target = "work:Work"
+footprint.bytes = "64MiB"
+budget.ram = "8GiB"
+[workers]
+count = 2
+max = 2
+request_timeout = {request_timeout}
+path = ["{REPOSITORY}"]
+""")
+
+
+def test_a_model_that_never_comes_back_is_replaced() -> None:
+    with new_farm() as farm:
+        with_own_workers(farm, request_timeout=1)
+        farm.run("up")
+        before = farm.pids()
+        stuck = httpx.post(f"{farm.url}/predict", json={"seconds": 1000}, timeout=20)
+        assert stuck.status_code == 504
+        until(lambda: len(set(farm.pids().values()) - set(before.values())) == 1, "a successor")
+        farm.wait_for(w1="ready", w2="ready")
+        assert "a call of the model has not come back" in farm.run("logs").stdout
+        assert httpx.post(f"{farm.url}/predict", json={}, timeout=20).status_code == 200
+
+
+def test_a_process_that_hangs_is_replaced_under_load() -> None:
+    with new_farm() as farm:
+        with_own_workers(farm, request_timeout=1)
+        farm.run("up")
+        frozen = farm.pids()["w1"]
+        os.kill(frozen, signal.SIGSTOP)
+        until(lambda: farm.pids().get("w1") not in (None, frozen), "a successor", 60)
+        farm.wait_for(w1="ready", w2="ready")
+        assert "did not answer for" in farm.run("logs", "controller").stdout
+        assert farm.workers()["w1"]["restarts"] == 1

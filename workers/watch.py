@@ -1,0 +1,52 @@
+"""A model that does not come back: the process ends, and whoever supervises it starts another."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+
+from workers.admission import Line
+from workers.logs import log
+
+EXIT_STUCK = 1
+GRACE = 5.0
+"""Seconds beyond twice the longest request."""
+_CHECKS = 20
+"""How often the patience is divided; a look costs microseconds."""
+
+
+def patience(request_timeout: float) -> float:
+    """Seconds a call may have the device. Its caller was answered 504 after the first half, and a
+    model that is only slow may still come back in the second."""
+    return 2 * request_timeout + GRACE
+
+
+def watch(line: Line, request_timeout: float) -> None:
+    """End this process once a call has had the device for longer than the patience."""
+    limit = patience(request_timeout)
+    threading.Thread(target=_watch, args=(line, limit), name="watch", daemon=True).start()
+
+
+def _watch(line: Line, limit: float) -> None:
+    while (seconds := line.running_seconds) <= limit:
+        time.sleep(min(5.0, limit / _CHECKS))
+    log.critical(
+        "a call of the model has not come back for %.0f s; ending with %d, it was in: %s",
+        seconds,
+        EXIT_STUCK,
+        _where(),
+    )
+    os._exit(EXIT_STUCK)
+
+
+def _where() -> str:
+    """The innermost frames of the device thread."""
+    frames = sys._current_frames()
+    for thread in threading.enumerate():
+        if thread.name.startswith("device") and thread.ident in frames:
+            stack = traceback.extract_stack(frames[thread.ident])[-3:]
+            return " < ".join(f"{f.name} ({f.filename}:{f.lineno})" for f in reversed(stack))
+    return "a place unknown"
