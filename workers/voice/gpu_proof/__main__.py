@@ -12,6 +12,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -150,7 +151,10 @@ def main() -> int:
         if (card or not section.only_gpu) and (not args.only or section.name in args.only)
     ]
     found = environment_of(job, card)
-    outcomes = carry_out_all(job, chosen, args.seconds, environment)
+    with tempfile.TemporaryDirectory(prefix="gpufarm-proof-") as cache:
+        # Where TensorRT is at hand, the first voice builds its engine and the others read it.
+        environment.setdefault("GPUFARM_CACHE_DIR", cache)
+        outcomes = carry_out_all(job, chosen, args.seconds, environment)
     report.write(args.out, found, outcomes)
     table = report.text(found, outcomes)
     (args.out / "table.txt").write_text(table)
