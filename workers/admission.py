@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from typing import Any, Literal
 
+from workers.board import MOST_ENDED, Board
 from workers.contract import Work
 from workers.failures import ModelFailed, reduced
 
@@ -41,6 +42,14 @@ class Closed(Exception):  # noqa: N818 - an answer, not a fault
     """Nothing is taken any more: the worker is on its way out."""
 
 
+class EndsWorkers(Exception):  # noqa: N818 - an answer, not a fault
+    """The processes of other workers ended while they ran this very request."""
+
+    def __init__(self, ended: int) -> None:
+        super().__init__(f"this request ended {ended} workers")
+        self.ended = ended
+
+
 class Abandoned(Exception):  # noqa: N818 - an answer, not a fault
     """The work was dropped in ``stage``."""
 
@@ -60,8 +69,10 @@ class CallerLeft(Abandoned):
 class Job:
     """One admitted request: iterate it for what the model returns (one item) or yields (many)."""
 
-    def __init__(self, line: Line, call: Callable[[], Any], work: Work) -> None:
+    def __init__(self, line: Line, call: Callable[[], Any], work: Work, key: str = "") -> None:
         self.work = work
+        self.key = key
+        """The balancer's name of the request, by which it is known again on another worker."""
         self.streams = False
         """Whether the call returned an iterator; known with the first item."""
         self.admitted = time.perf_counter()
@@ -172,6 +183,7 @@ class Job:
             return
         self.started = time.perf_counter()
         self._line._current = self
+        self._line.board.begin(self.key)
         error: Exception | None = None
         last: tuple[Any, ...] = ()
         try:
@@ -179,6 +191,7 @@ class Job:
         except BaseException as raised:
             error = reduced(raised)
         self._call = None
+        self._line.board.end()
         self._line._current = None
         self.ended = time.perf_counter()
         if isinstance(error, ModelFailed) and error.sticky:
@@ -217,8 +230,9 @@ class Job:
 class Line:
     """One job runs, at most ``limit`` wait, the others are refused."""
 
-    def __init__(self, executor: Executor, limit: int) -> None:
+    def __init__(self, executor: Executor, limit: int, board: Board | None = None) -> None:
         self.limit = limit
+        self.board = board or Board(None, "")
         self.closed = False
         """Set to take nothing and run nothing any more."""
         self.on_sticky: Callable[[], None] | None = None
@@ -265,10 +279,13 @@ class Line:
         if self._admitted > self.limit:
             raise Refused(self.retry_after)
 
-    def submit(self, call: Callable[[], Any], work: Work) -> Job:
-        """Admit ``call``, which the device thread will run. Raises Refused or Closed."""
+    def submit(self, call: Callable[[], Any], work: Work, key: str = "") -> Job:
+        """Admit ``call``, which the device thread will run. Raises Refused or Closed, and
+        EndsWorkers for a request that has ended others."""
         self.check()
-        job = Job(self, call, work)
+        if (ended := self.board.ended(key)) >= MOST_ENDED:
+            raise EndsWorkers(ended)
+        job = Job(self, call, work, key)
         self._admitted += 1
         job._begin(self._executor)
         return job

@@ -16,6 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from workers.admission import Abandoned, Job
 from workers.answers import as_json
+from workers.board import Board
 from workers.contract import Work
 from workers.errors import ApiError, invalid
 
@@ -68,6 +69,11 @@ class Exchange:
     def header(self, name: bytes) -> str:
         """Empty when the request lacks it."""
         return str(self.headers.get(name, b"").decode("latin-1"))
+
+    @property
+    def key(self) -> str:
+        """The balancer's own name of this request, the same at every worker it is tried on."""
+        return Board.key(self.header(b"x-farm-request"))
 
     @property
     def content_type(self) -> str:

@@ -7,7 +7,14 @@ from collections.abc import Awaitable, Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from workers.admission import Abandoned, CallerLeft, Closed, DeadlinePassed, Refused
+from workers.admission import (
+    Abandoned,
+    CallerLeft,
+    Closed,
+    DeadlinePassed,
+    EndsWorkers,
+    Refused,
+)
 from workers.contract import Cancelled, InvalidRequest
 from workers.errors import ApiError, invalid
 from workers.exchange import Exchange
@@ -73,6 +80,7 @@ class ModelRoute:
             Abandoned,
             Refused,
             Closed,
+            EndsWorkers,
             ModelFailed,
         ) as error:
             if isinstance(error, Closed):
@@ -100,7 +108,7 @@ class ModelRoute:
             return ApiError(
                 503, "The worker is ending.", code="worker_ending", headers={"retry-after": "1"}
             )
-        if isinstance(error, ModelFailed):
+        if isinstance(error, EndsWorkers | ModelFailed):
             return self._failure(error, exchange)
         if isinstance(error, Abandoned):
             exchange.dropped = error
@@ -114,10 +122,23 @@ class ModelRoute:
             headers={"x-should-retry": "false"},
         )
 
-    def _failure(self, error: ModelFailed, exchange: Exchange) -> ApiError:
+    def _failure(self, error: EndsWorkers | ModelFailed, exchange: Exchange) -> ApiError:
+        if isinstance(error, EndsWorkers):
+            return self._too_deadly(error, exchange)
         log.error("the model failed id=%s %s", exchange.id, error.trace)
         return ApiError(
             500,
             f"The model failed: {error.kind}. The worker's log has more, under {exchange.id}.",
             code="model_failed",
+        )
+
+    def _too_deadly(self, error: EndsWorkers, exchange: Exchange) -> ApiError:
+        self._worker.metrics.rejected("ends_workers")
+        log.error("refused, for it ended %d other workers: id=%s", error.ended, exchange.id)
+        return ApiError(
+            500,
+            f"{error.ended} workers ended while they ran this request; it is tried on no "
+            f"other. Their logs have more, under {exchange.id}.",
+            code="request_ends_workers",
+            headers={"x-should-retry": "false"},
         )

@@ -30,7 +30,8 @@ class Predict:
         worker.line.check()
         payload = await self._payload(exchange, body)
         events = EVENTS in exchange.header(b"accept")
-        job = worker.line.submit(partial(worker.served.predict, payload, events), work)
+        call = partial(worker.served.predict, payload, events)
+        job = worker.line.submit(call, work, exchange.key)
         with exchange.watching(job):
             first = await anext(job)
             if isinstance(first, Answer):

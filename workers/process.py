@@ -19,6 +19,7 @@ from pathlib import Path
 from workers import logs
 from workers.admission import Line
 from workers.app import build_app
+from workers.board import Board
 from workers.errors import LoadError
 from workers.logs import log
 from workers.metrics import Metrics
@@ -69,7 +70,7 @@ def _load_and_listen(options: argparse.Namespace, spec: Spec, reserved: socket.s
     device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
     began = time.perf_counter()
     served = load(spec, options.device, device_thread)
-    line = Line(device_thread, spec.line)
+    line = Line(device_thread, spec.line, Board(spec.cache_dir, options.id))
     metrics = Metrics(options.id, spec.name, line)
     for phase, seconds in served.startup_seconds.items():
         metrics.started(phase, seconds)

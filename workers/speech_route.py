@@ -36,7 +36,8 @@ class Speech:
 
     async def _whole(self, exchange: Exchange, wanted: Wanted) -> None:
         served = self._worker.served
-        job = self._worker.line.submit(partial(served.speak_all, wanted.speech), wanted.speech.work)
+        call = partial(served.speak_all, wanted.speech)
+        job = self._worker.line.submit(call, wanted.speech.work, exchange.key)
         with exchange.watching(job):
             chunks: list[Audio] = await anext(job)
             seconds = sum(map(len, chunks)) / served.sample_rate
@@ -55,7 +56,8 @@ class Speech:
 
     async def _streamed(self, exchange: Exchange, wanted: Wanted) -> None:
         served = self._worker.served
-        job = self._worker.line.submit(partial(served.speak, wanted.speech), wanted.speech.work)
+        call = partial(served.speak, wanted.speech)
+        job = self._worker.line.submit(call, wanted.speech.work, exchange.key)
         count = 0
         writer: Encoder | None = None
         with exchange.watching(job):

@@ -17,7 +17,7 @@ import pytest
 
 from balancer import processes
 from launcher.farm import FARM_FILE
-from tests.farm.harness import REPOSITORY, FarmUnderTest, new_farm
+from tests.farm.harness import REPOSITORY, FarmUnderTest, lives, new_farm
 from tests.waiting import listens, until
 
 
@@ -142,6 +142,7 @@ class FarmUnderTestAt(FarmUnderTest):
 
 
 MODEL = """
+import os
 import time
 
 class Work:
@@ -149,12 +150,14 @@ class Work:
         pass
 
     def predict(self, request):
+        if request.get("poison"):
+            os.abort()
         time.sleep(request.get("seconds", 0.01))
         return {}
 """
 
 
-def with_own_workers(farm: FarmUnderTest, request_timeout: float) -> None:
+def with_own_workers(farm: FarmUnderTest, request_timeout: float, count: int = 2) -> None:
     (farm.folder / "work.py").write_text(MODEL)
     farm.configure(f"""
 port = {farm.port}
@@ -163,8 +166,8 @@ model.target = "work:Work"
 footprint.bytes = "64MiB"
 budget.ram = "8GiB"
 [workers]
-count = 2
-max = 2
+count = {count}
+max = {count}
 request_timeout = {request_timeout}
 path = ["{REPOSITORY}"]
 """)
@@ -193,3 +196,16 @@ def test_a_process_that_hangs_is_replaced_under_load() -> None:
         farm.wait_for(w1="ready", w2="ready")
         assert "did not answer for" in farm.run("logs", "controller").stdout
         assert farm.workers()["w1"]["restarts"] == 1
+
+
+def test_a_request_that_kills_its_worker_kills_no_more_than_two() -> None:
+    with new_farm() as farm:
+        with_own_workers(farm, request_timeout=10, count=4)
+        farm.run("up")
+        before = farm.pids()
+        answer = httpx.post(f"{farm.url}/predict", json={"poison": True}, timeout=20)
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "request_ends_workers"
+        assert len([pid for pid in before.values() if lives(pid)]) == 2
+        assert httpx.post(f"{farm.url}/predict", json={}, timeout=20).status_code == 200
+        farm.wait_for(w1="ready", w2="ready", w3="ready", w4="ready")
