@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tests.tiny_voice import CONFIG, one_thread, tiny_conditions, tiny_model
 from workers.contract import Cancelled, Work
 from workers.engines.graph import GraphEngine
 from workers.voice.decoding import FrameDecoder
 from workers.voice.dual_ar import DualAR
+from workers.voice.fidelity import whole_sentence
 from workers.voice.sampling import Sampling
 
 CPU = torch.device("cpu")
@@ -40,14 +40,6 @@ def decode(
     for known in decoder.decode(conditions, sampling, seed, Work()):
         codes = known
     return codes.clone()
-
-
-@torch.no_grad()
-def whole_sentence(model: DualAR, conditions: Tensor, codes: Tensor) -> Tensor:
-    """Scores of every frame and codebook when the codes before are given: (frames, books, size)."""
-    known = functional.pad(model.embed_codes(codes[:-1]), (0, 0, 1, 0))
-    hidden = model.slow((conditions + known).unsqueeze(0))[0]
-    return torch.cat([model.output(hidden).unsqueeze(1), model.fast(hidden, codes)], dim=1)
 
 
 @pytest.mark.parametrize("seed", range(4))
