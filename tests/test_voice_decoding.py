@@ -160,7 +160,6 @@ def test_the_longest_sentence_is_decoded() -> None:
     assert len(decode(decoder_of(tiny_model(config=SHORT)), tiny_conditions(24))) == 24
 
 
-@pytest.mark.xfail(reason="decode() leaves it to torch to complain", raises=RuntimeError)
 def test_a_longer_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"25 frames.*24"):
         next(decoder_of(tiny_model(config=SHORT)).decode(tiny_conditions(25), GREEDY, 0, Work()))

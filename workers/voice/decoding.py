@@ -80,9 +80,11 @@ class FrameDecoder:
         """(frames, dim) -> the codes so far after each frame, (frames so far, num_codebooks).
 
         The tensors are views of the buffer. Raises Cancelled between two frames when nobody
-        waits any more.
+        waits any more, and ValueError for more than max_seq_len frames.
         """
-        b, frames = self.buffers, len(conditions)
+        b, frames, most = self.buffers, len(conditions), self.model.config.max_seq_len
+        if frames > most:
+            raise ValueError(f"{frames} frames are too many; split the text below {most}")
         b.conditions[:frames].copy_(conditions)
         b.noise[:frames].copy_(draw_noise(seed, (frames, *b.noise.shape[1:])))
         b.temperature.fill_(max(sampling.temperature, COLDEST))
