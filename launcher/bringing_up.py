@@ -340,7 +340,8 @@ def end_leftovers(state: StateDir, graceful_seconds: float) -> int:
 
 def remove_traces(state: StateDir) -> None:
     """Remove what only a running farm needs; logs, caches, footprints and ports stay."""
-    names = ["supervisord.conf", "nginx.conf", "worker.json", "slots.json", farms.FARM_FILE]
+    rendered = ("supervisord.conf", "nginx.conf", "worker.json", "slots.json")
+    names = [*rendered, farms.FARM_FILE, sizing.MEASURED_SPEC]
     for path in (
         *(state.path / name for name in names),
         *(state.settings_file, state.plan_file, state.desired_file),

@@ -118,7 +118,10 @@ def show(farm: Farm, view: dict[str, Any], as_json: bool, closing: bool = False)
     from launcher.report import console
 
     print_workers(view, console())
-    if closing:
+    if closing and not any(worker["state"] == "ready" for worker in view["workers"]):
+        print(f"\n{farm.url} answers 503: no worker is wanted. `gpufarm scale 1` starts one,")
+        print("`gpufarm restart w1` refills a drained slot.")
+    elif closing:
         print(f"\nReady at {farm.url}. Try:\n  {curl_line(farm, view)}")
 
 

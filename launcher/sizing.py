@@ -17,6 +17,9 @@ from launcher.state import StateDir
 
 Start = Callable[[Device], RunningWorker]
 
+MEASURED_SPEC = "measure-worker.json"
+"""What the worker that is measured is told to serve; there while it is measured."""
+
 
 def limits(settings: Settings) -> Limits:
     return Limits(
@@ -68,6 +71,7 @@ def measure_footprint(
             progress=progress,
         )
     finally:
+        (state.path / MEASURED_SPEC).unlink(missing_ok=True)
         if driver is not None:
             driver.close()
     FootprintStore(state).put(key_of(settings, device), result)
@@ -77,13 +81,13 @@ def measure_footprint(
 def lone_start(settings: Settings, state: StateDir) -> Start:
     """Start the configured worker as a plain child, on a free port, its log in logs/measure.log."""
     # The launcher's other half; a plan that measures nothing does without it.
-    from launcher.launch import WORKER_SPEC, launch, worker_spec  # noqa: PLC0415
+    from launcher.launch import launch, worker_spec  # noqa: PLC0415
     from launcher.lone_worker import LoneWorker, free_port  # noqa: PLC0415
     from launcher.state import write_json  # noqa: PLC0415
 
     def start(device: Device) -> RunningWorker:
         state.create()
-        spec = state.path / f"measure-{WORKER_SPEC}"
+        spec = state.path / MEASURED_SPEC
         write_json(spec, worker_spec(settings, state.cache))
         port = free_port()
         begin = launch(settings, device, id="w0", port=port, spec=spec, cache=state.cache)

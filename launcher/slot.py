@@ -32,6 +32,9 @@ def main() -> None:
         os.execvpe(program, launch["argv"], environment)  # noqa: S606 - to become it is the point
     except OSError as error:
         sys.exit(fail(f"{id_}: cannot run {program}: {error.strerror} (model.command)"))
+    except ValueError as error:  # a NUL, or a variable's name with "="
+        where = "model.command and model.environment"
+        sys.exit(fail(f"{id_}: cannot run {program}: {error}; correct {where}"))
 
 
 def fail(message: str) -> int:

@@ -127,21 +127,26 @@ class StateDir:
         return self.path / "runtime"
 
     def recorded_runtime(self) -> Path | None:
-        """The sockets' directory that was chosen before and is still there."""
+        """The sockets' directory that was chosen before and is still there.
+
+        Where the record was lost it is looked for: its name belongs to this state directory.
+        """
         with suppress(OSError, ValueError):
             recorded = Path(self._runtime_record.read_text(encoding="utf-8").strip())
             if recorded.is_absolute() and _is_private(recorded):
                 return recorded
-        return None
+        return next((folder for folder in self._runtimes() if _is_private(folder)), None)
 
-    def _make_runtime(self) -> Path:
+    def _runtimes(self) -> list[Path]:
+        """Where the sockets may lie, the best place first."""
         digest = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()[:10]
         given = self._environ.get("XDG_RUNTIME_DIR")
-        bases = [(Path(given), f"gpufarm-{digest}")] if given and Path(given).is_absolute() else []
-        bases.append((Path("/tmp"), f"gpufarm-{os.getuid()}-{digest}"))  # noqa: S108 - checked below
+        first = [Path(given) / f"gpufarm-{digest}"] if given and Path(given).is_absolute() else []
+        return [*first, Path("/tmp") / f"gpufarm-{os.getuid()}-{digest}"]  # noqa: S108 - checked
+
+    def _make_runtime(self) -> Path:
         problem = ""
-        for base, name in bases:
-            folder = base / name
+        for folder in self._runtimes():
             if len(os.fsencode(folder)) + LONGEST_SOCKET_NAME > SOCKET_PATH_LIMIT:
                 problem = f"{folder}: too long for a socket's path"
                 continue

@@ -145,6 +145,17 @@ def test_a_slot_that_is_not_planned_is_3_and_one_line(state: Path) -> None:
     assert "gpufarm up" in done.stderr
 
 
+@pytest.mark.parametrize("key", ["A=B", "NUL\0"])
+def test_what_no_process_can_be_given_is_3_and_one_line(state: Path, key: str) -> None:
+    made = json.loads((state / "slots.json").read_text())
+    made["w1"]["environment"][key] = "x"
+    write_json(state / "slots.json", made)
+    done = slot(state, "1")
+    assert done.returncode == 3, "it would fail the same way again"
+    assert len(done.stderr.splitlines()) == 1
+    assert "model.environment" in done.stderr
+
+
 def test_launches_follow_the_plan(tmp_path: Path) -> None:
     devices = [GPU, replace(GPU, id="GPU-5678")]
     planned = plan(devices, Footprint.given(2**30), Host(), Limits(count=2, max=4))

@@ -62,8 +62,10 @@ def test_a_farm_whose_directory_was_removed_can_be_ended() -> None:
     with new_farm(workers="count = 1") as farm:
         farm.run("up")
         pids = [process.pid for process in farm.processes()]
+        runtime = Path((farm.state / "runtime").read_text().strip())
         shutil.rmtree(farm.state)
         farm.run("down")
+        assert not runtime.exists()
         until(lambda: not any(psutil.pid_exists(pid) for pid in pids), "nothing is left")
 
 
@@ -209,3 +211,14 @@ def test_a_request_that_kills_its_worker_kills_no_more_than_two() -> None:
         assert len([pid for pid in before.values() if lives(pid)]) == 2
         assert httpx.post(f"{farm.url}/predict", json={}, timeout=20).status_code == 200
         farm.wait_for(w1="ready", w2="ready", w3="ready", w4="ready")
+
+
+def test_up_does_not_call_an_emptied_farm_ready() -> None:
+    with new_farm(workers="count = 1") as farm:
+        assert "Ready at" in farm.run("up").stdout
+        farm.run("drain", "w1")
+        told = farm.run("up").stdout
+        assert "Ready at" not in told
+        assert "no worker is wanted" in told
+        farm.run("restart", "w1")
+        assert "Ready at" in farm.run("up").stdout
