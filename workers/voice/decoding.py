@@ -86,7 +86,8 @@ class FrameDecoder:
         if frames > most:
             raise ValueError(f"{frames} frames are too many; split the text below {most}")
         b.conditions[:frames].copy_(conditions)
-        b.noise[:frames].copy_(draw_noise(seed, (frames, *b.noise.shape[1:])))
+        if sampling.temperature > COLDEST:  # else it plays no part, and drawing it takes time
+            b.noise[:frames].copy_(draw_noise(seed, (frames, *b.noise.shape[1:])))
         b.temperature.fill_(max(sampling.temperature, COLDEST))
         b.top_p.fill_(sampling.top_p)
         b.repetition_penalty.fill_(sampling.repetition_penalty)
