@@ -18,6 +18,8 @@ REPOSITORY = Path(__file__).parent.parent.parent
 FARMS = Path(__file__).parent / "farms"
 COMMAND_SECONDS = 300
 READY_SECONDS = 120
+OURS = {"COMPOSE_PROFILES": ""}
+"""The profile is given to the tool, so that it builds every image; a scene names its own."""
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Project:
         done = subprocess.run(
             ["docker-compose", "-p", self.name, *files, *arguments],
             cwd=REPOSITORY,
-            env=os.environ | {"GPUFARM_PORT": str(self.port)} | dict(self.environment),
+            env=os.environ | OURS | {"GPUFARM_PORT": str(self.port)} | dict(self.environment),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -53,14 +55,7 @@ class Project:
 
     def tail(self) -> str:
         """The end of the farm's log, for a failure's message."""
-        done = subprocess.run(
-            ["docker", "logs", "--tail", "40", self.container()],
-            capture_output=True,
-            text=True,
-            timeout=COMMAND_SECONDS,
-            check=False,
-        )
-        return done.stdout + done.stderr
+        return "\n".join(self.logs("--tail", "40"))
 
     def up(self, *more: str) -> None:
         """`up`, as an operator types it, without building; returns when the farm is healthy."""
@@ -93,17 +88,29 @@ class Project:
         (found,) = json.loads(done.stdout)
         return dict(found)
 
-    def logs(self) -> list[str]:
-        """Every line of every start so far."""
-        return self.compose("logs", "--no-log-prefix", "--no-color", "farm").splitlines()
+    def logs(self, *options: str) -> list[str]:
+        """Every line of every start of the container that is there; none where there is none."""
+        done = subprocess.run(
+            ["docker", "logs", *options, self.container()],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=COMMAND_SECONDS,
+            check=False,
+        )
+        return done.stdout.splitlines()
 
     def seconds_to_ready(self) -> float:
         """From the container's last start until it said that its workers are ready."""
         started = datetime.fromisoformat(self.inspect()["State"]["StartedAt"])
-        lines = self.compose("logs", "-t", "--no-log-prefix", "--no-color", "farm").splitlines()
-        ready = [line.split()[0] for line in lines if "workers are ready" in line]
-        assert ready, lines[-20:]
-        return (datetime.fromisoformat(ready[-1]) - started).total_seconds()
+
+        def ready() -> list[datetime]:
+            lines = self.logs("-t")
+            told = [line.split()[0] for line in lines if "workers are ready at" in line]
+            times = [datetime.fromisoformat(time) for time in told]
+            return [time for time in times if time > started]
+
+        return (until(ready, "every worker is ready")[0] - started).total_seconds()
 
     def wait_until_given_up(self) -> dict[str, Any]:
         """The container, once the engine does not start it again."""

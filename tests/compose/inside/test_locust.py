@@ -7,16 +7,15 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.compose.project import Project, the_farm
-from tests.waiting import free_port, until
+from tests.compose.project import the_farm
+from tests.waiting import until
 
 WORKERS = 2
 REQUESTS = 10
 
 
 def test_a_master_and_two_workers_load_the_farm() -> None:
-    page = f"http://127.0.0.1:{(port := free_port())}"
-    farm = Project("gpufarm", the_farm().port, {"LOCUST_PORT": str(port)})
+    page, farm = "http://127.0.0.1:8089", the_farm()
     try:
         farm.compose("--profile", "loadtest", "up", "-d", "--no-build", "--pull", "never")
         until(lambda: len(stats(page)["workers"]) == WORKERS, "both workers have come")
