@@ -153,6 +153,11 @@ def test_a_stopped_container_finishes_what_it_has_begun() -> None:
     assert httpx.post(f"{FARM.url}{SPEECH}", content=SHORT, timeout=60).status_code == 200
 
 
+def lines_of(farm: Project) -> set[int | None]:
+    """How many may wait, as each worker tells; None until it has been asked."""
+    return {(worker["health"] or {}).get("line") for worker in farm.workers().values()}
+
+
 def test_another_configuration_on_the_old_volume(first_seconds: float) -> None:
     changed = Project(
         FARM.name, FARM.port, {"GPUFARM_WORKERS__COUNT": "2", "GPUFARM_WORKERS__LINE": "5"}
@@ -161,9 +166,8 @@ def test_another_configuration_on_the_old_volume(first_seconds: float) -> None:
     changed.up()
     assert FARM.inside("cat", "/var/lib/gpufarm/footprints.json") == before
     assert not any("measuring" in line for line in FARM.logs())
-    workers = FARM.workers()
-    assert len(workers) == 2
-    assert {worker["health"]["line"] for worker in workers.values()} == {5}
+    assert len(FARM.workers()) == 2
+    until(lambda: lines_of(FARM) == {5}, "both workers tell of their shorter lines", every=0.5)
     seconds = FARM.seconds_to_ready()
     print(f"ready after {first_seconds:.1f} s the first time, after {seconds:.1f} s on its volume")
     assert seconds < first_seconds
