@@ -208,7 +208,8 @@ def test_a_request_that_kills_its_worker_kills_no_more_than_two() -> None:
         answer = httpx.post(f"{farm.url}/predict", json={"poison": True}, timeout=20)
         assert answer.status_code == 500
         assert answer.json()["error"]["code"] == "request_ends_workers"
-        assert len([pid for pid in before.values() if lives(pid)]) == 2
+        # The second to end may have been the replacement of the first.
+        assert len([pid for pid in before.values() if lives(pid)]) >= 2
         assert httpx.post(f"{farm.url}/predict", json={}, timeout=20).status_code == 200
         farm.wait_for(w1="ready", w2="ready", w3="ready", w4="ready")
 
