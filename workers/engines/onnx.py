@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
+# A farm tells nobody what it runs; some builds of ONNX Runtime would.
+onnxruntime.disable_telemetry_events()
+
 PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
     "cuda": "CUDAExecutionProvider",
