@@ -62,6 +62,7 @@ class FrameDecoder:
         self.engine = GraphEngine(self._step, sizes, device)
         self.frames_decoded = 0
         self.bytes_read = 0
+        self._weight_bytes = self._weights_read()
         self._places = torch.arange(longest, device=device)
         self._fast_at = torch.arange(model.config.num_codebooks, device=device)
         self._back = torch.arange(1, REMEMBERED + 1, device=device)
@@ -110,9 +111,10 @@ class FrameDecoder:
         slow_kv = c.n_layer * kv * (position + 1)
         passes = c.num_codebooks - 1
         fast_kv = c.n_fast_layer * kv * passes * (passes + 1) // 2
-        return self._weights_read() + (slow_kv + fast_kv) * size
+        return self._weight_bytes + (slow_kv + fast_kv) * size
 
     def _weights_read(self) -> int:
+        """Counted once: walking the parameters costs more than a frame should pay."""
         m, size = self.model, self.dtype.itemsize
         slow = sum(p.numel() for p in (*m.layers.parameters(), *m.output.parameters()))
         fast = sum(p.numel() for p in m.fast_layers.parameters())
