@@ -23,7 +23,7 @@ from launcher.devices import discover
 from launcher.farm import Farm
 from launcher.inventory import Device
 from launcher.observe import last_line
-from launcher.planning import DoesNotFit, Plan
+from launcher.planning import Plan
 from launcher.state import StateDir, read_json, write_json
 from launcher.supervisor import Supervisor
 
@@ -275,14 +275,9 @@ def make_plan(
     found = discover(sizing.read_host(settings), settings.budget.devices)
     for note in found.notes:
         say(note)
-    usable = [device for device in found.devices if not device.problem]
-    if not usable:
-        problems = "; ".join(f"{d.name}: {d.problem}" for d in found.devices) or "none found"
-        raise DoesNotFit(f"no device to run on ({problems}); name one with budget.devices")
-    footprint = sizing.known_footprint(settings, usable[0], state)
+    footprint = sizing.known_footprint(settings, found.devices, state)
     if footprint is None:
-        say(f"measuring the footprint of one worker on {usable[0].name}")
-        footprint = sizing.measure_footprint(settings, usable[0], state, progress=say)
+        footprint = sizing.measure_footprint(settings, found.devices, state, progress=say)
     host = sizing.read_host(settings)
     devices = discover(host, settings.budget.devices).devices
     mine = held or Counter()

@@ -159,6 +159,20 @@ def working_set(folder: CgroupFolder) -> int:
     return max(0, (int(used) if used.isdecimal() else 0) - inactive)
 
 
+def killed_for_memory(root: Path = Path("/")) -> int:
+    """How many processes of this control group the kernel has ended because memory ran out.
+
+    0 where the group does not count them; the processes of the groups below it count as well.
+    """
+    for folder in cgroup_folders(root, "memory"):
+        name = "memory.events" if folder.version == 2 else "memory.oom_control"
+        for line in _text(folder.path / name).splitlines():
+            key, _, value = line.partition(" ")
+            if key == "oom_kill" and value.isdecimal():
+                return int(value)
+    return 0
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="ascii").strip()

@@ -59,7 +59,7 @@ def run(
         host = overridden(sizing.read_host(settings), cores or 0, _size("--ram", ram))
         found = discover(host, settings.budget.devices)
         places, notes = found.devices, found.notes
-        known = given or _of(settings, places)
+        known = given or sizing.known_footprint(settings, places, StateDir(settings.state_dir))
     if known is None and measure and not devices:
         try:
             known = _measured(settings, places)
@@ -88,28 +88,17 @@ def _size(option: str, text: str | None) -> int | None:
     return size
 
 
-def _of(settings: Settings, places: Sequence[Device]) -> Footprint | None:
-    usable = [device for device in places if not device.problem]
-    if not usable:
-        return Footprint.given(settings.footprint.bytes) if settings.footprint.bytes else None
-    return sizing.known_footprint(settings, usable[0], StateDir(settings.state_dir))
-
-
 def _known_here(settings: Settings) -> Footprint | None:
     """For devices that are not there: what was stated, or else measured on this host's own."""
-    if settings.footprint.bytes:
-        return Footprint.given(settings.footprint.bytes)
-    return _of(settings, discover(sizing.read_host(settings), settings.budget.devices).devices)
+    here = discover(sizing.read_host(settings), settings.budget.devices).devices
+    return sizing.known_footprint(settings, here, StateDir(settings.state_dir))
 
 
-def _measured(settings: Settings, places: Sequence[Device]) -> Footprint | None:
-    usable = [device for device in places if not device.problem]
-    if not usable:
-        return None
+def _measured(settings: Settings, places: Sequence[Device]) -> Footprint:
     state = StateDir(settings.state_dir).create()
     with state.lock():
         return sizing.measure_footprint(
-            settings, usable[0], state, progress=lambda line: print(line, file=sys.stderr)
+            settings, places, state, progress=lambda line: print(line, file=sys.stderr)
         )
 
 

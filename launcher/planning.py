@@ -26,6 +26,9 @@ CAP_NAMES: Mapping[str, str] = {
 }
 
 
+MORE_ROOM = "free device memory, or lower budget.headroom"
+
+
 class DoesNotFit(Exception):  # noqa: N818 - an answer, not a fault
     """What was asked for is more than there is. One line with the numbers; exit code 3."""
 
@@ -181,6 +184,20 @@ def fitting(budget: int, footprint: Footprint) -> int:
     return 1 + (after_first - (footprint.peak - footprint.steady)) // footprint.steady
 
 
+def place_to_measure(devices: Sequence[Device], limits: Limits) -> Device:
+    """The usable device with the most room. Raises DoesNotFit where none has any."""
+    usable = [device for device in devices if not device.problem]
+    if not usable:
+        problems = "; ".join(f"{d.name}: {d.problem}" for d in devices) or "none found"
+        raise DoesNotFit(f"no device to run on ({problems}); name one with budget.devices")
+    rooms = {d.id: _budget(d, _headroom(d, limits), limits) for d in usable}
+    best = max(usable, key=lambda device: rooms[device.id])
+    if rooms[best.id] <= 0:
+        rows = ", ".join(_row(d, rooms[d.id], _headroom(d, limits)) for d in usable)
+        raise DoesNotFit(f"no worker fits, not even to be measured ({rows}); {MORE_ROOM}")
+    return best
+
+
 def plan(devices: Sequence[Device], footprint: Footprint, host: Host, limits: Limits) -> Plan:
     """Place workers on devices. Never raises: a plan that cannot be done carries its refusal."""
     usable = [device for device in devices if not device.problem]
@@ -309,10 +326,13 @@ def _refusal(plan: Plan, count: int) -> str:
     need = f"{format_size(footprint.steady)} each"
     if footprint.peak > footprint.steady:
         need += f", {format_size(footprint.peak)} while one starts"
-    rows = ", ".join(
-        f"{row.device.name}: {format_size(row.budget)} usable of {format_size(row.device.free)} "
-        f"free, {format_size(row.headroom)} headroom"
-        for row in plan.devices
-    )
-    remedy = "free device memory, or lower budget.headroom" if most == 0 else f"ask for {most}"
+    rows = ", ".join(_row(row.device, row.budget, row.headroom) for row in plan.devices)
+    remedy = MORE_ROOM if most == 0 else f"ask for {most}"
     return f"{asked}: memory allows {most} ({need}; {rows}); {remedy}"
+
+
+def _row(device: Device, budget: int, headroom: int) -> str:
+    return (
+        f"{device.name}: {format_size(budget)} usable of {format_size(device.free)} free, "
+        f"{format_size(headroom)} headroom"
+    )

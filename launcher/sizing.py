@@ -11,7 +11,7 @@ from launcher.config import Settings
 from launcher.footprint import MeasureError, Probe, Progress, RunningWorker, measure
 from launcher.footprint_store import FootprintStore, key_of
 from launcher.inventory import Device, Footprint, Host
-from launcher.planning import Limits, Plan, plan
+from launcher.planning import DoesNotFit, Limits, Plan, place_to_measure, plan
 from launcher.sizes import format_size
 from launcher.state import StateDir
 
@@ -37,28 +37,36 @@ def read_host(settings: Settings) -> Host:
     return hosts.overridden(found, settings.budget.cores, settings.budget.ram)
 
 
-def known_footprint(settings: Settings, device: Device, state: StateDir) -> Footprint | None:
-    """footprint.bytes, else what was measured on such a device before; None: measure it."""
+def known_footprint(
+    settings: Settings, devices: Sequence[Device], state: StateDir
+) -> Footprint | None:
+    """footprint.bytes, else the largest that was measured on such devices; None: measure it."""
     if settings.footprint.bytes:
         return Footprint.given(settings.footprint.bytes)
-    return FootprintStore(state).find(key_of(settings, device))
+    store = FootprintStore(state)
+    kept = [store.find(key_of(settings, device)) for device in devices if not device.problem]
+    return max((found for found in kept if found), key=lambda f: f.steady, default=None)
 
 
 def measure_footprint(
     settings: Settings,
-    device: Device,
+    devices: Sequence[Device],
     state: StateDir,
     start: Start | None = None,
     progress: Progress = lambda message: None,
 ) -> Footprint:
-    """Measure on ``device`` and keep the result. ``start``: None starts a plain child process.
+    """Measure on the device with the most room and keep the result.
 
-    Raises MeasureError, also where the device has no room to try.
+    ``start``: None starts a plain child process. Raises MeasureError; DoesNotFit where there is
+    no room to try, or where the kernel ended the worker because memory ran out.
     """
     from launcher.nvml import Driver  # noqa: PLC0415 - together with pynvml, only for a GPU
     from launcher.sampling import sampler_for  # noqa: PLC0415
 
+    device = place_to_measure(devices, limits(settings))
+    progress(f"measuring the footprint of one worker on {device.name}")
     begin = start or lone_start(settings, state)
+    killed_before = hosts.killed_for_memory()
     driver = Driver.open() if device.is_gpu else None
     try:
         result = measure(
@@ -70,6 +78,14 @@ def measure_footprint(
             device=device.name,
             progress=progress,
         )
+    except MeasureError as error:
+        if hosts.killed_for_memory() > killed_before:
+            free = format_size(read_host(settings).ram_free or 0)
+            raise DoesNotFit(
+                f"one worker does not fit: the kernel ended a process of it because memory ran "
+                f"out (now {free} of RAM are free); free some, or raise the memory limit"
+            ) from error
+        raise
     finally:
         (state.path / MEASURED_SPEC).unlink(missing_ok=True)
         if driver is not None:

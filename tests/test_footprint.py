@@ -22,6 +22,7 @@ from launcher.host import read_host
 from launcher.inventory import Footprint
 from launcher.lone_worker import LoneWorker, free_port
 from launcher.nvml import Driver
+from launcher.planning import DoesNotFit
 from launcher.sampling import CpuSampler, GpuSampler, Sampler, Usage, Watch, tree_pss
 from launcher.sizes import GIB, MIB
 from launcher.sizing import known_footprint, measure_footprint
@@ -328,16 +329,28 @@ def test_a_real_worker_is_measured_once_and_remembered(tmp_path: Path) -> None:
     )
     settings = settings_for(tmp_path, {"target": "hello:Hello"})
     state, device = StateDir(settings.state_dir), cpu_device(read_host())
-    assert known_footprint(settings, device, state) is None
+    assert known_footprint(settings, [device], state) is None
     lines: list[str] = []
-    found = measure_footprint(settings, device, state, progress=lines.append)
+    found = measure_footprint(settings, [device], state, progress=lines.append)
     assert found.steady > 60 * MIB
     assert found.requests == 3
-    assert lines[0] == "starting one worker alone"
-    assert known_footprint(settings, device, state) == found
+    assert lines[0].startswith("measuring the footprint of one worker on CPU")
+    assert lines[1] == "starting one worker alone"
+    assert known_footprint(settings, [device], state) == found
 
 
 def test_a_worker_that_cannot_load_says_so(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, {"target": "nowhere:Nothing"})
     with pytest.raises(MeasureError, match=r"exit code 3.*nowhere"):
-        measure_footprint(settings, cpu_device(read_host()), StateDir(settings.state_dir))
+        measure_footprint(settings, [cpu_device(read_host())], StateDir(settings.state_dir))
+
+
+def test_a_worker_that_the_kernel_ended_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The counter stands in for a memory limit, which a test may not be allowed to set."""
+    settings = settings_for(tmp_path, {"target": "nowhere:Nothing"})
+    counts = iter([2, 3])
+    monkeypatch.setattr("launcher.host.killed_for_memory", lambda: next(counts))
+    with pytest.raises(DoesNotFit, match=r"memory ran out .* free some, or raise the memory limit"):
+        measure_footprint(settings, [cpu_device(read_host())], StateDir(settings.state_dir))

@@ -151,5 +151,17 @@ def test_a_senseless_entry_is_measured_again(folder: Path) -> None:
 
 def test_a_stated_footprint_needs_no_store(folder: Path) -> None:
     settings = settings_of(folder, **{"footprint.bytes": "7GiB"})
-    known = known_footprint(settings, CARD, StateDir(folder / "none"))
+    known = known_footprint(settings, [CARD], StateDir(folder / "none"))
     assert known == Footprint.given(7 * GIB)
+
+
+def test_of_cards_that_differ_the_larger_footprint_is_taken(folder: Path) -> None:
+    settings, state = settings_of(folder), StateDir(folder / "state").create()
+    other = replace(CARD, id="GPU-2", name="another card")
+    store, larger = FootprintStore(state), replace(FOUND, steady=FOUND.steady + 1)
+    assert known_footprint(settings, [CARD, other], state) is None
+    store.put(key_of(settings, other), larger)
+    assert known_footprint(settings, [CARD, other], state) == larger
+    store.put(key_of(settings, CARD), FOUND)
+    assert known_footprint(settings, [CARD, other], state) == larger
+    assert known_footprint(settings, [CARD], state) == FOUND

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.host import overridden, read_host
+from launcher.host import killed_for_memory, overridden, read_host
 from launcher.inventory import Host
 from launcher.sizes import GIB, MIB
 
@@ -135,3 +135,14 @@ def test_what_somebody_says_goes() -> None:
     assert (said.cores, said.ram_total, said.ram_free) == (2, 8 * GIB, 8 * GIB)
     assert overridden(host, ram=30 * GIB).ram_free == 20 * GIB
     assert overridden(host, ram=64 * GIB).ram_free == 64 * GIB
+
+
+def test_processes_that_the_kernel_has_ended_for_memory(tmp_path: Path) -> None:
+    events = "low 0\nmax 12\noom 3\noom_kill 2\noom_group_kill 0\n"
+    root = machine(tmp_path / "v2", {"sys/fs/cgroup/a/memory.events": events}, "0::/a\n")
+    assert killed_for_memory(root) == 2
+    control = "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n"
+    files = {"sys/fs/cgroup/memory/x/memory.oom_control": control}
+    mounts = V1.format(id=41, root="/", name="memory")
+    assert killed_for_memory(machine(tmp_path / "v1", files, "4:memory:/x\n", mounts)) == 4
+    assert killed_for_memory(machine(tmp_path / "none", {})) == 0

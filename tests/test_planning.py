@@ -10,7 +10,15 @@ from collections.abc import Sequence
 import pytest
 
 from launcher.inventory import Device, Footprint, Host
-from launcher.planning import DoesNotFit, Limits, Plan, default_headroom, fitting, plan
+from launcher.planning import (
+    DoesNotFit,
+    Limits,
+    Plan,
+    default_headroom,
+    fitting,
+    place_to_measure,
+    plan,
+)
 from launcher.sizes import GIB, MIB
 
 NO_HOST = Host()
@@ -185,6 +193,22 @@ def test_scaling_is_judged_by_the_same_plan() -> None:
 
 def test_no_device_at_all_is_refused() -> None:
     assert "no device" in plan([], footprint(1), NO_HOST, Limits()).refusal
+
+
+def test_measured_is_where_the_most_room_is() -> None:
+    broken = Device("GPU-9", "card 9", "gpu", 80 * GIB, 80 * GIB, problem="it is lost")
+    cards = [broken, *gpus(5, 20, 9, total=24)]
+    assert place_to_measure(cards, Limits()).id == "GPU-1"
+    with pytest.raises(DoesNotFit, match=r"card 9: it is lost.*budget\.devices"):
+        place_to_measure([broken], Limits())
+
+
+def test_without_room_nothing_is_measured() -> None:
+    with pytest.raises(DoesNotFit, match=r"0 B usable of 1 GiB free, 1\.2 GiB headroom") as told:
+        place_to_measure(gpus(1, 0.5, total=24), Limits())
+    assert "card 1" in str(told.value)
+    assert "budget.headroom" in str(told.value)
+    assert place_to_measure(gpus(1, 0.5, total=24), Limits(headroom=0)).id == "GPU-0"
 
 
 def test_a_device_with_a_problem_is_left_out_aloud() -> None:

@@ -10,11 +10,6 @@ import pytest
 from tests.compose.project import FARMS, Project, project, the_farm
 
 BAD_CONFIGURATION, DOES_NOT_FIT = 2, 3
-MEASURED_REGARDLESS = pytest.mark.xfail(
-    strict=True,
-    reason="where nothing is usable, a worker is started to be measured all the same, killed by "
-    "the kernel, and the farm ends with 1: make_plan has to refuse before it measures",
-)
 TRIES = 4
 """The first, and the three that the compose file allows."""
 
@@ -70,10 +65,17 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
     [
         pytest.param("600m", "7GiB", id="given"),
         pytest.param("600m", "", id="measured"),
-        pytest.param("250m", "", id="too-small-to-measure", marks=MEASURED_REGARDLESS),
+        pytest.param("250m", "", id="too-small-to-measure"),
     ],
 )
 def test_a_memory_limit_in_which_no_worker_fits(tmp_path: Path, limit: str, footprint: str) -> None:
     file = override(tmp_path, f"    mem_limit: {limit}\n")
     with project("small", override=file, GPUFARM_FOOTPRINT__BYTES=footprint) as farm:
         ends_clearly(farm, DOES_NOT_FIT, "MiB")
+
+
+def test_a_memory_limit_that_a_worker_runs_into_while_it_is_measured(tmp_path: Path) -> None:
+    """There is room to try, so only the kernel's ending it shows that it does not fit."""
+    file = override(tmp_path, "    mem_limit: 1300m\n    memswap_limit: 1300m\n")
+    with project("greedy", FARMS / "greedy", file) as farm:
+        ends_clearly(farm, DOES_NOT_FIT, "memory ran out", "raise the memory limit")
