@@ -20,6 +20,8 @@ REPOSITORY = Path(__file__).parent.parent.parent
 TOOL = "GPUFARM_TEST_COMPOSE"
 NO_ENGINE = 77
 DEADLINE_SECONDS = 40 * 60
+OPTIONS = ("-v", "-rxXP", "--maxfail=3", "--timeout=420", "-pno:randomly", "-pno:cacheprovider")
+"""With what the scenes print: they say what they measured."""
 
 pytestmark = pytest.mark.skipif(
     bool(os.environ.get(INSIDE)), reason="this is what has called the tool"
@@ -34,16 +36,7 @@ def test_image_and_compose_file_on_a_real_engine(capsys: pytest.CaptureFixture[s
         pytest.skip(f"{TOOL} names no tool that brings up a container engine")
     inner = [sys.executable, "-m", "pytest", str(Path(__file__).parent / "inside")]
     # In the order in which they stand: they tell one farm's story.
-    inner += [
-        "-v",
-        "-rA",
-        "--maxfail=3",
-        "--timeout=420",
-        "-p",
-        "no:randomly",
-        "-p",
-        "no:cacheprovider",
-    ]
+    inner += OPTIONS
     kept = {k: v for k, v in os.environ.items() if not k.startswith("GPUFARM_")}
     # PyTorch's own index need not be reached for this; and every image is to be built.
     environment = kept | {INSIDE: "1", "TORCH_INDEX": "", "COMPOSE_PROFILES": "loadtest"}
