@@ -106,7 +106,7 @@ def _farm(options: argparse.Namespace, console: Console) -> Iterator[str]:
 def _command() -> list[str]:
     beside = Path(sys.executable).with_name("gpufarm")
     found = str(beside) if beside.exists() else shutil.which("gpufarm")
-    return [found] if found else [sys.executable, "-m", "launcher.cli"]
+    return [found] if found else [sys.executable, "-m", "launcher.command.cli"]
 
 
 def _gpufarm(*words: str, loud: bool = False) -> dict[str, Any] | None:

@@ -23,6 +23,14 @@ MAY_IMPORT = {
     "workers": set(),
 }
 """Package → the packages of ours that it may import, beside itself."""
+LAUNCHER = {
+    "configuration": set(),
+    "planning": {"configuration"},
+    "processes": {"configuration", "planning"},
+    "control": {"configuration", "planning", "processes"},
+    "command": {"configuration", "planning", "processes"},
+}
+"""Folder of the launcher → the others that it may import."""
 SHIPPED = ("balancer", "launcher", "loadtest", "workers")
 BROUGHT_BY_THEIR_USERS = {"litserve", "fastapi", "a_module_that_does_not_exist"}
 """Imported in tests and where they are installed, declared nowhere."""
@@ -75,6 +83,24 @@ def test_packages_import_only_what_they_may(package: str) -> None:
     assert not found
 
 
+def test_the_launcher_has_no_other_folders() -> None:
+    folders = {path.parent.name for path in sources("launcher") if path.parent.name != "launcher"}
+    assert folders == set(LAUNCHER)
+
+
+@pytest.mark.parametrize("folder", LAUNCHER)
+def test_folders_of_the_launcher_import_only_what_they_may(folder: str) -> None:
+    """The command asks the controller by HTTP; neither imports the other."""
+    allowed = {folder, *LAUNCHER[folder]}
+    found = {
+        module: str(path)
+        for path in sources(f"launcher/{folder}")
+        for module in imported(path)
+        if module.partition(".")[0] == "launcher" and module.split(".")[1] not in allowed
+    }
+    assert not found
+
+
 def test_nothing_is_named_after_nothing() -> None:
     names = {"common", "utils", "util", "helpers", "core", "misc"}
     bad = [path for path in tracked() if names & {path.stem, *path.relative_to(REPOSITORY).parts}]
@@ -85,7 +111,7 @@ def test_planning_is_light() -> None:
     """A plan is made in an instant, by people who have no torch."""
     heavy = ["torch", "onnxruntime", "numpy", "starlette", "uvicorn", "rich", "typer"]
     program = (
-        "import json, sys, launcher.planning\n"
+        "import json, sys, launcher.planning.plan\n"
         f"print(json.dumps([name for name in {heavy!r} if name in sys.modules]))"
     )
     done = subprocess.run(

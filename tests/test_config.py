@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from launcher import sources
-from launcher.config import DEMO_TARGET, ConfigError, Settings, load
-from launcher.sizes import GIB, MIB, format_size, parse_size
+from launcher.configuration import sources
+from launcher.configuration.config import DEMO_TARGET, ConfigError, Settings, load
+from launcher.configuration.sizes import GIB, MIB, format_size, parse_size
 
 ROOT = Path(__file__).parent.parent
 HOME = {"HOME": "/home/someone"}
@@ -242,7 +242,8 @@ def test_the_example_holds_exactly_the_keys_and_their_defaults(elsewhere: Path) 
 def test_reading_the_configuration_stays_light() -> None:
     heavy = ["rich", "typer", "httpx", "torch", "onnxruntime", "starlette", "uvicorn", "asyncio"]
     code = (
-        "import sys; from launcher import config, planning, state; "
+        "import sys; from launcher.configuration import config, state; "
+        "from launcher.planning import plan; "
         f"print([m for m in {heavy!r} if m in sys.modules])"
     )
     run = subprocess.run(

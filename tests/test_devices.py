@@ -6,11 +6,11 @@ import os
 
 import pytest
 
-from launcher.devices import discover, imagined
-from launcher.inventory import Host
-from launcher.nvml import Driver
-from launcher.sizes import GIB
-from launcher.sources import ConfigError
+from launcher.configuration.sizes import GIB
+from launcher.configuration.sources import ConfigError
+from launcher.planning.devices import discover, imagined
+from launcher.planning.inventory import Host
+from launcher.planning.nvml import Driver
 from tests.fake_nvml import FakeNvml, Gpu, Process
 
 HOST = Host(cores=4, ram_total=32 * GIB, ram_free=20 * GIB)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config import ConfigError
-from launcher.following import Follower, LogFile, log_files
-from launcher.rotate import shift
+from launcher.command.following import Follower, LogFile, log_files
+from launcher.configuration.config import ConfigError
+from launcher.processes.rotate import shift
 
 
 def test_lines_come_once_and_whole(tmp_path: Path) -> None:

@@ -15,18 +15,18 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher.config import ProbeRequest, Settings, load
-from launcher.devices import cpu_device
-from launcher.footprint import MeasureError, Probe, measure
-from launcher.host import read_host
-from launcher.inventory import Footprint
-from launcher.lone_worker import LoneWorker, free_port
-from launcher.nvml import Driver
-from launcher.planning import DoesNotFit
-from launcher.sampling import CpuSampler, GpuSampler, Sampler, Usage, Watch, tree_pss
-from launcher.sizes import GIB, MIB
-from launcher.sizing import known_footprint, measure_footprint
-from launcher.state import StateDir
+from launcher.configuration.config import ProbeRequest, Settings, load
+from launcher.configuration.sizes import GIB, MIB
+from launcher.configuration.state import StateDir
+from launcher.planning.devices import cpu_device
+from launcher.planning.footprint import MeasureError, Probe, measure
+from launcher.planning.host import read_host
+from launcher.planning.inventory import Footprint
+from launcher.planning.nvml import Driver
+from launcher.planning.plan import DoesNotFit
+from launcher.planning.sampling import CpuSampler, GpuSampler, Sampler, Usage, Watch, tree_pss
+from launcher.planning.sizing import known_footprint, measure_footprint
+from launcher.processes.lone_worker import LoneWorker, free_port, lone_start
 from tests.fake_nvml import FakeNvml, Gpu
 
 ROOT = Path(__file__).parent.parent
@@ -331,7 +331,9 @@ def test_a_real_worker_is_measured_once_and_remembered(tmp_path: Path) -> None:
     state, device = StateDir(settings.state_dir), cpu_device(read_host())
     assert known_footprint(settings, [device], state) is None
     lines: list[str] = []
-    found = measure_footprint(settings, [device], state, progress=lines.append)
+    found = measure_footprint(
+        settings, [device], state, lone_start(settings, state), progress=lines.append
+    )
     assert found.steady > 60 * MIB
     assert found.requests == 3
     assert lines[0].startswith("measuring the footprint of one worker on CPU")
@@ -341,8 +343,9 @@ def test_a_real_worker_is_measured_once_and_remembered(tmp_path: Path) -> None:
 
 def test_a_worker_that_cannot_load_says_so(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, {"target": "nowhere:Nothing"})
+    state = StateDir(settings.state_dir)
     with pytest.raises(MeasureError, match=r"exit code 3.*nowhere"):
-        measure_footprint(settings, [cpu_device(read_host())], StateDir(settings.state_dir))
+        measure_footprint(settings, [cpu_device(read_host())], state, lone_start(settings, state))
 
 
 def test_a_worker_that_the_kernel_ended_does_not_fit(
@@ -350,7 +353,8 @@ def test_a_worker_that_the_kernel_ended_does_not_fit(
 ) -> None:
     """The counter stands in for a memory limit, which a test may not be allowed to set."""
     settings = settings_for(tmp_path, {"target": "nowhere:Nothing"})
+    state = StateDir(settings.state_dir)
     counts = iter([2, 3])
-    monkeypatch.setattr("launcher.host.killed_for_memory", lambda: next(counts))
+    monkeypatch.setattr("launcher.planning.host.killed_for_memory", lambda: next(counts))
     with pytest.raises(DoesNotFit, match=r"memory ran out .* free some, or raise the memory limit"):
-        measure_footprint(settings, [cpu_device(read_host())], StateDir(settings.state_dir))
+        measure_footprint(settings, [cpu_device(read_host())], state, lone_start(settings, state))

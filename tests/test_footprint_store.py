@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from launcher import footprint_store
-from launcher.config import Settings, load
-from launcher.footprint_store import FootprintStore, key_of, model_files
-from launcher.inventory import Device, Footprint
-from launcher.sizes import GIB
-from launcher.sizing import known_footprint
-from launcher.state import StateDir
+from launcher.configuration.config import Settings, load
+from launcher.configuration.sizes import GIB
+from launcher.configuration.state import StateDir
+from launcher.planning import footprint_store
+from launcher.planning.footprint_store import FootprintStore, key_of, model_files
+from launcher.planning.inventory import Device, Footprint
+from launcher.planning.sizing import known_footprint
 
 CARD = Device("GPU-1", "L4", "gpu", 24 * GIB, 20 * GIB, driver="580.65")
 FOUND = Footprint(5, 4, host_ram=3, how="measured", measured_at="2026-01-01", samples=9)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.host import killed_for_memory, overridden, read_host
-from launcher.inventory import Host
-from launcher.sizes import GIB, MIB
+from launcher.configuration.sizes import GIB, MIB
+from launcher.planning.host import killed_for_memory, overridden, read_host
+from launcher.planning.inventory import Host
 
 V2 = "31 23 0:27 {root} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n"
 V1 = "{id} 23 0:30 {root} /sys/fs/cgroup/{name} rw - cgroup cgroup rw,{name}\n"

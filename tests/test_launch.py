@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from launcher.config import Settings, load
-from launcher.inventory import Device, Footprint, Host
-from launcher.launch import digest, filled, launch, launches, worker_spec
-from launcher.planning import Limits, plan
-from launcher.state import write_json
+from launcher.configuration.config import Settings, load
+from launcher.configuration.state import write_json
+from launcher.planning.inventory import Device, Footprint, Host
+from launcher.planning.plan import Limits, plan
+from launcher.processes.launch import digest, filled, launch, launches, worker_spec
 
 GPU = Device(id="GPU-1234", name="A card", kind="gpu", total=24 * 2**30, free=24 * 2**30)
 CPU = Device(id="cpu", name="CPU", kind="cpu", total=2**34, free=2**34)
@@ -119,7 +119,16 @@ def state(tmp_path: Path) -> Path:
 
 def slot(state: Path, number: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-P", "-m", "launcher.slot", "--state", str(state), "--slot", number],
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "launcher.processes.slot",
+            "--state",
+            str(state),
+            "--slot",
+            number,
+        ],
         env={**os.environ, "SUPERVISOR_SERVER_URL": "unix:///here"},
         cwd="/",
         capture_output=True,

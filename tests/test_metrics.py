@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from launcher.metrics import farm_metrics, join
+from launcher.control.metrics import farm_metrics, join
 
 VIEW = {
     "count": 2,

@@ -15,23 +15,23 @@ from typing import Any, cast
 import psutil
 import pytest
 
-from launcher import observe, orphans
-from launcher.config import load
-from launcher.farm import Farm
-from launcher.inventory import Device, Footprint, Host, Tenant
-from launcher.nvml import Driver
-from launcher.observe import (
+from launcher.configuration.config import load
+from launcher.configuration.state import StateDir
+from launcher.control import observe
+from launcher.control.observe import (
     Observer,
     device_memory,
-    last_line,
     listener_of,
-    tree_memory,
-    words_since,
 )
-from launcher.planning import Limits, plan
-from launcher.reconcile import Memory, Record
-from launcher.state import StateDir
-from launcher.supervisor import ProcessInfo, Supervisor
+from launcher.control.reconcile import Memory, Record
+from launcher.planning.inventory import Device, Footprint, Host, Tenant
+from launcher.planning.nvml import Driver
+from launcher.planning.plan import Limits, plan
+from launcher.planning.sampling import tree_pss
+from launcher.processes import orphans
+from launcher.processes.farm import Farm
+from launcher.processes.last_words import last_line, words_since
+from launcher.processes.supervisor import ProcessInfo, Supervisor
 from tests.waiting import free_port, until
 
 GIB = 2**30
@@ -170,7 +170,8 @@ def left_behind(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         "SUPERVISOR_PROCESS_NAME": "w1",
     }
     process = subprocess.Popen(["sleep", "100"], env={"PATH": "/usr/bin:/bin", **marks})
-    until(lambda: psutil.Process(process.pid).name() == "sleep", "it has started")
+    # While it is being executed it has its name already, and no environment yet.
+    until(lambda: marks.items() <= psutil.Process(process.pid).environ().items(), "it has started")
     yield process
     process.kill()
     process.wait()
@@ -223,14 +224,14 @@ def test_memory_is_the_whole_trees_or_the_gpus(tmp_path: Path, driver: FakeDrive
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
         children = until(lambda: psutil.Process(process.pid).children(), "it has a child")
-        assert tree_memory(process.pid) > psutil.Process(process.pid).memory_full_info().pss
+        assert tree_pss(process.pid) > psutil.Process(process.pid).memory_full_info().pss
         on_cpu = device_memory(farm(tmp_path, CPU), {"w1": process.pid})
         assert on_cpu["w1"] > 2**20
         driver.holders = (Tenant(children[0].pid, "", 5 * GIB), Tenant(1, "", 3 * GIB))
         (tmp_path / "gpu").mkdir()
         assert device_memory(farm(tmp_path / "gpu", GPU), {"w1": process.pid}) == {"w1": 5 * GIB}
         process.communicate(b"\n")
-    assert tree_memory(process.pid) == 0
+    assert tree_pss(process.pid) == 0
 
 
 def test_last_lines(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config import Settings, WorkersSettings
-from launcher.supervisor import GRACE_AFTER_REQUEST
+from launcher.configuration.config import Settings, WorkersSettings
+from launcher.processes.supervisor import GRACE_AFTER_REQUEST
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("balancer", "launcher", "loadtest", "workers")
@@ -52,14 +52,17 @@ def test_the_wheel_holds_every_tracked_file(wheel: Path) -> None:
         pytest.skip("not a git checkout")
     wanted = {name for name in done.stdout.split("\0") if name and (REPOSITORY / name).is_file()}
     held = set(zipfile.ZipFile(wheel).namelist())
-    assert {"balancer/templates/nginx.conf.j2", "launcher/templates/supervisord.conf.j2"} <= wanted
+    assert {
+        "balancer/templates/nginx.conf.j2",
+        "launcher/processes/templates/supervisord.conf.j2",
+    } <= wanted
     assert not wanted - held
 
 
 def test_the_wheel_has_a_command_and_a_licence(wheel: Path) -> None:
     files = zipfile.ZipFile(wheel)
     (points,) = (name for name in files.namelist() if name.endswith("entry_points.txt"))
-    assert "gpufarm = launcher.cli:main" in files.read(points).decode()
+    assert "gpufarm = launcher.command.cli:main" in files.read(points).decode()
     assert any(name.endswith("licenses/LICENSE") for name in files.namelist())
     assert {name.partition("/")[0] for name in files.namelist()} == {
         *PACKAGES,

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher import plan_command, report
-from launcher.config import ConfigError, Settings, load
-from launcher.inventory import Device, Footprint, Host, Tenant
-from launcher.planning import Limits, plan
-from launcher.sizes import GIB
+from launcher.command import plan_command, report
+from launcher.configuration.config import ConfigError, Settings, load
+from launcher.configuration.sizes import GIB
+from launcher.planning.inventory import Device, Footprint, Host, Tenant
+from launcher.planning.plan import Limits, plan
 
 ROOT = Path(__file__).parent.parent
 
@@ -198,7 +198,8 @@ def test_the_report_names_other_bounds() -> None:
 def test_a_plan_imports_nothing_heavy(tmp_path: Path) -> None:
     heavy = ["torch", "onnxruntime", "starlette", "uvicorn", "httpx", "pynvml", "jinja2", "asyncio"]
     code = (
-        "import sys\nfrom launcher.config import load\nfrom launcher.plan_command import run\n"
+        "import sys\nfrom launcher.configuration.config import load\n"
+        "from launcher.command.plan_command import run\n"
         "code = run(load(), ['24GiB'], '7GiB')\n"
         f"print(code, [m for m in {heavy!r} if m in sys.modules])"
     )

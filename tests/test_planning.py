@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from launcher.inventory import Device, Footprint, Host
-from launcher.planning import (
+from launcher.configuration.sizes import GIB, MIB
+from launcher.planning.inventory import Device, Footprint, Host
+from launcher.planning.plan import (
     DoesNotFit,
     Limits,
     Plan,
@@ -19,7 +20,6 @@ from launcher.planning import (
     place_to_measure,
     plan,
 )
-from launcher.sizes import GIB, MIB
 
 NO_HOST = Host()
 

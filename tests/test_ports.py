@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import ports
-from launcher.state import StateError
+from launcher.configuration.state import StateError
+from launcher.processes import ports
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from launcher.probe import NoAnswerError, get
+from launcher.control.probe import NoAnswerError, get
 from tests.waiting import free_port
 
 

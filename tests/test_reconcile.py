@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from launcher.reconcile import (
+from launcher.control.reconcile import (
     CALM_SECONDS,
     LONGEST_BACKOFF,
     MOST_EARLY_CRASHES,

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from launcher.sources import ConfigError
-from launcher.state import LockedError, StateDir, StateError, read_json, write_json
+from launcher.configuration.sources import ConfigError
+from launcher.configuration.state import LockedError, StateDir, StateError, read_json, write_json
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_two_commands_cannot_work_on_one_farm(state: StateDir) -> None:
 
 def test_the_lock_is_waited_for_and_ends_with_its_holder(state: StateDir) -> None:
     code = (
-        "import sys; from pathlib import Path; from launcher.state import StateDir\n"
+        "import sys; from pathlib import Path; from launcher.configuration.state import StateDir\n"
         "with StateDir(Path(sys.argv[1])).lock():\n"
         "    print('held', flush=True); sys.stdin.read()"
     )

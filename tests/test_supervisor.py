@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from supervisor.options import ServerOptions
 
-from launcher.sources import ConfigError
-from launcher.supervisor import (
+from launcher.configuration.sources import ConfigError
+from launcher.processes.supervisor import (
     CONF,
     Supervisor,
     SupervisorConfig,

@@ -8,11 +8,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,27 +18,12 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.steady import Load, steady
 from tests.waiting import free_port, until
 
 STANDIN = Path(__file__).parent.parent / "standin.py"
 REPOSITORY = STANDIN.parent.parent
 COMMAND_SECONDS = 120
-JSON = {"Content-Type": "application/json"}
-
-
-@dataclass
-class Load:
-    """What a steady load of requests has met so far."""
-
-    statuses: Counter[int] = field(default_factory=Counter)
-    errors: list[str] = field(default_factory=list)
-    workers: Counter[str] = field(default_factory=Counter)
-
-    def check(self, at_least: int = 20) -> None:
-        """Not one failed request."""
-        assert not self.errors, self.errors[:3]
-        assert set(self.statuses) == {200}, self.statuses
-        assert self.statuses[200] >= at_least
 
 
 @dataclass
@@ -76,7 +59,7 @@ class FarmUnderTest:
         (self.folder / "gpufarm.toml").write_text(text)
 
     def command(self, *arguments: str) -> list[str]:
-        return self.python("-P", "-m", "launcher.cli", *arguments)
+        return self.python("-P", "-m", "launcher.command.cli", *arguments)
 
     def python(self, *arguments: str) -> list[str]:
         return [*self.command_prefix, self.interpreter, *arguments]
@@ -141,46 +124,14 @@ class FarmUnderTest:
 
     def wait_for_another_controller(self, old: int) -> None:
         """Until the successor of a killed controller has looked around."""
-        until(lambda: self.pid_of("launcher.controlling") not in (0, old), "a new controller")
+        until(lambda: self.pid_of("launcher.control") not in (0, old), "a new controller")
         until(lambda: self.admin("GET", "/workers").json()["settled"], "it has looked around")
 
-    @contextmanager
     def load(
         self, path: str = "/work?seconds=0.02", clients: int = 4, body: bytes = b"{}"
-    ) -> Iterator[Load]:
+    ) -> AbstractContextManager[Load]:
         """Requests, one after another from each client, while the block runs."""
-        load, ended, lock = Load(), threading.Event(), threading.Lock()
-
-        def call(client: httpx.Client) -> None:
-            try:
-                answer = client.post(path, content=body, headers=JSON)
-                with lock:
-                    load.statuses[answer.status_code] += 1
-                    load.workers[answer.headers.get("X-Worker-Id", "")] += 1
-            except httpx.HTTPError as error:
-                with lock:
-                    load.errors.append(repr(error))
-
-        def go() -> None:
-            with httpx.Client(base_url=self.url, timeout=30) as client:
-                while not ended.is_set():
-                    call(client)
-
-        threads = [threading.Thread(target=go) for _ in range(clients)]
-        for thread in threads:
-            thread.start()
-        try:
-            until(lambda: sum(load.statuses.values()) >= clients, "the load has begun")
-            yield load
-            seen = sum(load.statuses.values()) + len(load.errors)
-            until(
-                lambda: sum(load.statuses.values()) + len(load.errors) >= seen + 2 * clients,
-                "the load goes on",
-            )
-        finally:
-            ended.set()
-            for thread in threads:
-                thread.join(40)
+        return steady(self.url, path, body, clients)
 
     def processes(self) -> list[psutil.Process]:
         """Everything that belongs to this farm's state directory, by any mark."""

@@ -128,7 +128,7 @@ def test_all_workers_killed_at_once_come_back(farm: FarmUnderTest) -> None:
 
 def test_a_killed_controller_comes_back_to_the_same_wishes(farm: FarmUnderTest) -> None:
     farm.run("scale", "3")
-    pids, controller = farm.pids(), farm.pid_of("launcher.controlling")
+    pids, controller = farm.pids(), farm.pid_of("launcher.control")
     with farm.load() as load:
         os.kill(controller, signal.SIGKILL)
         farm.wait_for_another_controller(controller)
@@ -138,7 +138,7 @@ def test_a_killed_controller_comes_back_to_the_same_wishes(farm: FarmUnderTest) 
 
 
 def test_a_worker_that_dies_while_the_controller_is_away(farm: FarmUnderTest) -> None:
-    pid, controller = farm.pids()["w2"], farm.pid_of("launcher.controlling")
+    pid, controller = farm.pids()["w2"], farm.pid_of("launcher.control")
     with farm.load() as load:
         os.kill(controller, signal.SIGKILL)
         os.kill(pid, signal.SIGKILL)
@@ -149,7 +149,7 @@ def test_a_worker_that_dies_while_the_controller_is_away(farm: FarmUnderTest) ->
 
 def test_a_busy_server_whose_health_path_blocks_is_never_evicted(farm: FarmUnderTest) -> None:
     """Not even by a controller that has just come back and never saw it answer."""
-    pids, controller = farm.pids(), farm.pid_of("launcher.controlling")
+    pids, controller = farm.pids(), farm.pid_of("launcher.control")
     with farm.load("/work?seconds=2.5", clients=2) as load:
         os.kill(controller, signal.SIGKILL)
         farm.wait_for_another_controller(controller)
@@ -308,7 +308,7 @@ def test_a_killed_supervisor_leaves_nothing_that_up_cannot_find(farm: FarmUnderT
     stranger = psutil.Popen(["sleep", "100"])
     old = [process.pid for process in farm.processes()]
     try:
-        os.kill(farm.pid_of("launcher.supervising"), signal.SIGKILL)
+        os.kill(farm.pid_of("launcher.processes.supervising"), signal.SIGKILL)
         farm.run("ps", expect=4)
         done = farm.run("up")
         assert "an earlier farm had left" in done.stderr

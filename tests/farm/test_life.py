@@ -85,7 +85,7 @@ def test_down_after_the_supervisor_was_killed() -> None:
     with new_farm() as farm, psutil.Popen(["sleep", "100"]) as stranger:
         try:
             farm.run("up")
-            os.kill(farm.pid_of("launcher.supervising"), signal.SIGKILL)
+            os.kill(farm.pid_of("launcher.processes.supervising"), signal.SIGKILL)
             assert httpx.post(f"{farm.url}/work").status_code == 200, "requests still flow"
             farm.run("down")
             leaves_nothing(farm)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from balancer import processes
-from launcher.farm import FARM_FILE
+from launcher.processes.farm import FARM_FILE
 from tests.farm.harness import REPOSITORY, FarmUnderTest, lives, new_farm
 from tests.waiting import listens, until
 
@@ -55,7 +55,10 @@ def test_a_farm_whose_records_are_lost_can_be_ended_and_replaced(damage: str) ->
         (farm.state / FARM_FILE).write_text(damage)
         farm.run("up")
         assert set(farm.states().values()) == {"ready"}
-        assert len([p for p in farm.processes() if "launcher.supervising" in p.cmdline()]) == 1
+        assert (
+            len([p for p in farm.processes() if "launcher.processes.supervising" in p.cmdline()])
+            == 1
+        )
 
 
 def test_a_farm_whose_directory_was_removed_can_be_ended() -> None:
@@ -75,11 +78,11 @@ def test_wishes_that_make_no_sense_are_not_wished() -> None:
         desired = farm.state / "desired.json"
         for nonsense in ('{"count": "many", "drained": 7}', "[1]", "nul"):
             desired.write_text(nonsense)
-            old = farm.pid_of("launcher.controlling")
+            old = farm.pid_of("launcher.control")
             os.kill(old, signal.SIGKILL)
             farm.wait_for_another_controller(old)
             assert farm.states() == {"w1": "ready"}
-        os.kill(farm.pid_of("launcher.supervising"), signal.SIGKILL)
+        os.kill(farm.pid_of("launcher.processes.supervising"), signal.SIGKILL)
         desired.write_text('{"count": "many", "drained": 7}')
         assert "no supervisor" in farm.run("ps", expect=4).stderr
         farm.run("up")
@@ -116,7 +119,7 @@ def test_a_full_disk_stops_neither_requests_nor_replacements() -> None:
         at = FarmUnderTestAt(farm.folder, farm.port)
         try:
             at.run("up")
-            supervisor = at.pid_of("launcher.supervising")
+            supervisor = at.pid_of("launcher.processes.supervising")
             fill(disk)
             told = at.run("scale", "1", expect=1).stderr
             assert "the disk is full" in told
@@ -125,7 +128,7 @@ def test_a_full_disk_stops_neither_requests_nor_replacements() -> None:
             os.kill(victim, signal.SIGKILL)
             until(lambda: at.pids().get("w1") not in (None, victim), "a successor")
             at.wait_for(w1="ready", w2="ready")
-            assert at.pid_of("launcher.supervising") == supervisor
+            assert at.pid_of("launcher.processes.supervising") == supervisor
             assert httpx.post(f"{at.url}/work", timeout=20).status_code == 200
             assert "the disk is full" in json.dumps(at.admin("GET", "/workers").json()["problem"])
             (disk / "full").unlink()

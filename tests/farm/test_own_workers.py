@@ -145,7 +145,7 @@ def test_health_and_metrics_come_from_every_worker(farm: FarmUnderTest) -> None:
 
 
 def test_without_the_controller_a_worker_tells_its_health(farm: FarmUnderTest) -> None:
-    controller = farm.pid_of("launcher.controlling")
+    controller = farm.pid_of("launcher.control")
     os.kill(controller, signal.SIGSTOP)
     try:
         answer = httpx.get(f"{farm.url}/readyz", timeout=20)

@@ -1,0 +1,353 @@
+"""`gpufarm up`: from a configuration to a farm whose every worker is ready."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import socket
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from balancer import processes as nginx_processes
+from balancer.start import why_not_free
+from launcher.command.client import AwayError, Client
+from launcher.configuration.config import ConfigError, Settings
+from launcher.configuration.state import StateDir, read_json, write_json
+from launcher.planning import sizing
+from launcher.planning.devices import discover
+from launcher.planning.inventory import Device
+from launcher.planning.plan import Plan
+from launcher.processes import farm as farms
+from launcher.processes import orphans, ports, supervisor
+from launcher.processes.farm import Farm
+from launcher.processes.last_words import last_line
+from launcher.processes.lone_worker import MEASURED_SPEC, lone_start
+from launcher.processes.supervisor import Supervisor
+
+SUPERVISOR_SECONDS = 30.0
+"""Until supervisord answers; it reads one file and starts nothing heavy."""
+CONTROLLER_SECONDS = 60.0
+START_GRACE = 60.0
+"""Added to the load timeouts of all workers: the deadline of the whole command."""
+POLL = 0.2
+
+Say = Callable[[str], None]
+
+
+class UpError(Exception):
+    """The farm could not be brought up. Exit code 1."""
+
+
+@dataclass
+class Up:
+    """One run of the command."""
+
+    settings: Settings
+    state: StateDir
+    count: int | None
+    """Asked for on the command line; None: keep what a running farm has."""
+    say: Say
+    child: subprocess.Popen[bytes] | None = None
+    """supervisord, where this run started it."""
+    farm: Farm | None = None
+    """What is being started, as soon as it has processes."""
+
+    def bring_up(self) -> Farm:
+        """Start the farm, or bring the running one to the configuration; workers may still load.
+
+        Raises ConfigError, DoesNotFit, UpError and what its parts raise.
+        """
+        running = farms.load(self.state)
+        if running is not None and Supervisor(running.socket).alive():
+            return self._refresh(running)
+        self._clean(running)
+        try:
+            return self._start()
+        except BaseException:
+            if self.farm is None:  # nothing runs, so nothing is to be left
+                remove_traces(self.state)
+            raise
+
+    def _clean(self, running: Farm | None) -> None:
+        """End what a killed supervisor has left, or a farm whose records were lost."""
+        settings = running.settings if running is not None else self.settings
+        if count := end_leftovers(self.state, settings.workers.request_timeout):
+            self.say(f"ended {count} processes that an earlier farm had left behind")
+
+    def _start(self) -> Farm:
+        check_port(self.settings)
+        plan = make_plan(self.settings, self.state, self.say)
+        block = ports.choose(self.state.path, self.settings.workers.max + 1, self.state.ports())
+        self.state.record_ports(block)
+        farm = Farm(
+            state=self.state,
+            settings=self.settings,
+            plan=plan.with_ports(block[1:]),
+            admin_port=block[0],
+            socket=self.state.runtime() / supervisor.SOCKET,
+        )
+        self._keep_wishes(plan)
+        farms.render(farm)
+        farms.save(farm)
+        self._spawn(farm)
+        return farm
+
+    def _keep_wishes(self, plan: Plan) -> None:
+        """What was scaled or drained lasts until `down`; what happened to processes does not."""
+        wishes = read_json(self.state.desired_file)
+        if self.count is not None or not isinstance(wishes, dict):
+            self.state.desired_file.unlink(missing_ok=True)
+            return
+        ids = {slot.id for slot in plan.slots}
+        count, drained = wishes.get("count"), wishes.get("drained")
+        kept = {
+            "count": min(count if isinstance(count, int) else plan.count, plan.capacity),
+            "drained": [id_ for id_ in drained if id_ in ids] if isinstance(drained, list) else [],
+        }
+        write_json(self.state.desired_file, kept)
+
+    def _spawn(self, farm: Farm) -> None:
+        self.farm = farm
+        log = self.state.logs / "supervisord.out.log"
+        with log.open("ab") as output:
+            self.child = subprocess.Popen(
+                supervisor.command(self.state.path),
+                cwd=self.state.path,
+                env=supervisor.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        control = Supervisor(farm.socket)
+        deadline = time.monotonic() + SUPERVISOR_SECONDS
+        while not control.alive():
+            if self.child.poll() is not None:
+                raise UpError(f"supervisord ended at once: {last_line(log)}; see {log}")
+            if time.monotonic() > deadline:
+                raise UpError(f"supervisord does not answer; see {log}")
+            time.sleep(POLL / 4)
+
+    def _refresh(self, running: Farm) -> Farm:
+        """Bring a running farm to the configuration, without a gap where that is possible."""
+        old, new = running.settings, self.settings
+        if (old.host, old.port) != (new.host, new.port):
+            check_port(new)
+        plan, admin_port = running.plan, running.admin_port
+        if planned_from(old) != planned_from(new):
+            plan, admin_port = self._replan(running)
+        farm = replace(running, settings=new, plan=plan, admin_port=admin_port)
+        changes = farms.render(farm)
+        farms.save(farm)
+        if changes.supervisor:
+            self.say("the supervisor's file has changed: the farm is started anew")
+            shut_down(running)
+            self._keep_wishes(plan)
+            self._spawn(farm)
+            return farm
+        if changes.balancer and nginx_processes.reload(self.state.path):
+            self.say("nginx has taken its new configuration")
+        client = Client(farm)
+        retried(client.reload)
+        count = self.count
+        if count is None and old.workers.count != new.workers.count:
+            count = plan.count
+        if count is not None:
+            for warning in client.scale(count).get("warnings", []):
+                self.say(f"warning: {warning}")
+        return farm
+
+    def _replan(self, running: Farm) -> tuple[Plan, int]:
+        """A plan for what a running farm may use: what is free, and what its workers hold.
+
+        With it the controller's port: a larger `workers.max` may need another block, and then the
+        supervisor's file changes as well and everything is started anew.
+        """
+        held: Counter[str] = Counter()
+        for worker in retried(Client(running).workers)["workers"]:
+            held[worker["device"]] += worker["memory_bytes"] or 0
+        plan = make_plan(self.settings, self.state, self.say, held)
+        block = self.state.ports()
+        if self.settings.workers.max >= len(block):
+            block = ports.choose(self.state.path, self.settings.workers.max + 1)
+            self.state.record_ports(block)
+        return plan.with_ports(block[1:]), block[0]
+
+    def wait(self, farm: Farm) -> dict[str, Any]:
+        """Wait until every worker is ready, telling what happens. Returns `GET /workers`.
+
+        Raises UpError when a worker is given up, or when the deadline passes.
+        """
+        client = Client(farm)
+        wanted = max(1, farm.plan.count, self.count or 0)
+        load = self.settings.workers.load_timeout
+        deadline = time.monotonic() + CONTROLLER_SECONDS + START_GRACE + wanted * load
+        told = Teller(self.say)
+        away_since = time.monotonic()
+        while time.monotonic() < deadline:
+            if self.child is not None and self.child.poll() is not None:
+                raise UpError(f"supervisord ended; see {self.state.logs}")
+            try:
+                view = client.workers()
+            except AwayError as error:
+                if time.monotonic() - away_since > CONTROLLER_SECONDS:
+                    raise UpError(f"{error}; see {self.state.logs / 'controller.log'}") from None
+                time.sleep(POLL)
+                continue
+            away_since = time.monotonic()
+            told.tell(view)
+            if view["settled"]:
+                return judged(view)
+            time.sleep(POLL)
+        raise UpError("the workers are not ready in time; see `gpufarm ps` and `gpufarm logs`")
+
+
+@dataclass
+class Teller:
+    """Tells each change of a worker once."""
+
+    say: Say
+    states: dict[str, str] | None = None
+
+    def tell(self, view: dict[str, Any]) -> None:
+        before = self.states or {}
+        for worker in view["workers"]:
+            id_, state = worker["id"], worker["state"]
+            if before.get(id_) == state:
+                continue
+            if state == "ready" and id_ in before and worker["ready_seconds"] is not None:
+                self.say(f"{id_} is ready after {worker['ready_seconds']:.1f} s")
+            elif state == "starting":
+                self.say(f"{id_} is starting on {worker['device']}")
+            elif state == "failed" or (state == "stopped" and worker["error"]):
+                self.say(f"{worker['error']}")
+        self.states = {worker["id"]: worker["state"] for worker in view["workers"]}
+
+
+def judged(view: dict[str, Any]) -> dict[str, Any]:
+    """A settled farm's view. Raises UpError where a worker or a restart was given up."""
+    failed = [worker["error"] for worker in view["workers"] if worker["state"] == "failed"]
+    if failed:
+        raise UpError("; ".join(failed))
+    if view["restart"]["error"]:
+        raise UpError(view["restart"]["error"])
+    return view
+
+
+def check_port(settings: Settings) -> None:
+    """Raises ConfigError where nginx could not listen on the public address."""
+    where = f"{settings.host}:{settings.port}"
+    problem = why_not_free(settings.host, settings.port)
+    if problem is None:
+        return
+    key, told = f"port = {settings.port}", "another program listens on"
+    remedy = "choose another with --port"
+    if isinstance(problem, socket.gaierror):
+        key, told = f"host = {settings.host}", "there is no such address:"
+        remedy = "name one of this machine with --host"
+    elif problem.errno == errno.EADDRNOTAVAIL:
+        key, told = f"host = {settings.host}", "this machine does not have the address of"
+        remedy = "name one that it has with --host"
+    elif problem.errno in (errno.EACCES, errno.EPERM):
+        told, remedy = "only root may listen on", "choose one from 1024 on with --port"
+    elif problem.errno != errno.EADDRINUSE:
+        told = f"{problem.strerror}:"
+    raise ConfigError(f"{key}: {told} {where}; {remedy}")
+
+
+def planned_from(settings: Settings) -> Any:
+    """The part of a configuration that a plan is made from."""
+    workers = settings.workers
+    counted = (workers.count, workers.max, workers.threads)
+    return (settings.model, settings.footprint, settings.budget, counted, settings.import_path)
+
+
+def make_plan(
+    settings: Settings, state: StateDir, say: Say, held: Counter[str] | None = None
+) -> Plan:
+    """Devices, footprint (measured where it is not known) and the plan, which fits.
+
+    ``held``: bytes that a farm's own workers hold on each device. Raises DoesNotFit, MeasureError.
+    """
+    found = discover(sizing.read_host(settings), settings.budget.devices)
+    for note in found.notes:
+        say(note)
+    footprint = sizing.known_footprint(settings, found.devices, state)
+    if footprint is None:
+        footprint = sizing.measure_footprint(
+            settings, found.devices, state, lone_start(settings, state), say
+        )
+    host = sizing.read_host(settings)
+    devices = discover(host, settings.budget.devices).devices
+    mine = held or Counter()
+    devices = tuple(_with_room(device, mine[device.id]) for device in devices)
+    if host.ram_free is not None:
+        host = replace(host, ram_free=host.ram_free + mine["cpu"])
+    plan = sizing.build_plan(settings, devices, host, footprint).checked()
+    for warning in plan.warnings:
+        say(f"warning: {warning}")
+    return plan
+
+
+def _with_room(device: Device, held: int) -> Device:
+    return replace(device, free=min(device.total, device.free + held))
+
+
+def retried(ask: Callable[[], dict[str, Any]], seconds: float = CONTROLLER_SECONDS) -> Any:
+    """Ask a controller that may just be starting again."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return ask()
+        except AwayError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL)
+
+
+def shut_down(farm: Farm) -> None:
+    """Stop a running farm in order: nginx, then the workers together. Returns when all is gone.
+
+    Whatever does not end in its time is killed.
+    """
+    control = Supervisor(farm.socket)
+    stop = farm.settings.workers.request_timeout + supervisor.GRACE_AFTER_REQUEST
+    deadline = time.monotonic() + 2 * stop + START_GRACE
+    pid = control.pid() if control.alive() else 0
+    if pid:
+        control.shutdown()
+    while pid and _runs(pid, farm.state.path) and time.monotonic() < deadline:
+        time.sleep(POLL / 2)
+    orphans.clean(farm.state.path, farm.socket, graceful_seconds=0 if pid else stop)
+
+
+def _runs(pid: int, state: Path) -> bool:
+    return any(process.pid == pid for process in orphans.supervisors_of(state))
+
+
+def end_leftovers(state: StateDir, graceful_seconds: float) -> int:
+    """End the processes of a farm whose supervisor does not answer. Returns how many."""
+    runtime = state.recorded_runtime()
+    socket = runtime / supervisor.SOCKET if runtime is not None else None
+    return orphans.clean(state.path, socket, graceful_seconds)
+
+
+def remove_traces(state: StateDir) -> None:
+    """Remove what only a running farm needs; logs, caches, footprints and ports stay."""
+    rendered = ("supervisord.conf", "nginx.conf", "worker.json", "slots.json")
+    names = [*rendered, farms.FARM_FILE, MEASURED_SPEC]
+    for path in (
+        *(state.path / name for name in names),
+        *(state.settings_file, state.plan_file, state.desired_file),
+        state.logs / "supervisord.out.log",
+    ):
+        path.unlink(missing_ok=True)
+    for folder in ("run", "nginx-tmp"):
+        shutil.rmtree(state.path / folder, ignore_errors=True)
+    state.remove_runtime()
+    ports.release(state.path)

@@ -1,0 +1,356 @@
+"""The command `gpufarm`. Commands import what they need when they run: help answers at once."""
+
+# Imports inside functions are the point here; options are many by nature.
+# ruff: noqa: PLC0415, PLR0917
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from launcher.command.client import Client
+    from launcher.configuration.config import Settings
+    from launcher.configuration.state import StateDir
+    from launcher.processes.farm import Farm
+
+DONE, FAILED, BAD_CONFIGURATION, DOES_NOT_FIT, NOT_RUNNING = 0, 1, 2, 3, 4
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="gpufarm",
+    help="A farm of batch-1 model workers on the GPUs you have: sized, supervised, balanced.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="Default: ./gpufarm.toml.")
+]
+StateFolder = Annotated[
+    Path | None, typer.Option("--state-dir", metavar="DIR", help="Where the farm keeps its files.")
+]
+HostName = Annotated[str | None, typer.Option("--host", help="Public address.")]
+PortNumber = Annotated[int | None, typer.Option("--port", help="Public port.")]
+WorkerCount = Annotated[
+    str | None, typer.Option("--workers", metavar="auto|N", help="How many workers.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+WorkerId = Annotated[str, typer.Argument(metavar="ID", help="A worker, such as w1.")]
+
+
+def settings_of(config: Path | None, **overrides: Any) -> Settings:
+    """The configuration, with what the command line says. Raises ConfigError."""
+    from launcher.configuration.config import load
+
+    return load(config, {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def state_of(config: Path | None, state_dir: Path | None) -> StateDir:
+    from launcher.configuration.state import StateDir
+
+    return StateDir(settings_of(config, state_dir=state_dir).state_dir)
+
+
+def running(config: Path | None, state_dir: Path | None) -> tuple[Farm, Client]:
+    """The farm that runs there, and its controller. Raises NotRunningError."""
+    from launcher.command.client import Client, running_farm
+
+    farm = running_farm(state_of(config, state_dir))
+    return farm, Client(farm)
+
+
+@app.command()
+def up(
+    config: ConfigFile = None,
+    state_dir: StateFolder = None,
+    host: HostName = None,
+    port: PortNumber = None,
+    workers: WorkerCount = None,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", "-f", help="Stay, and print all logs: for containers.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Start the farm, or bring the running one to the configuration; return when it is ready."""
+    from launcher.command.bringing_up import Up
+    from launcher.command.progress import progress
+    from launcher.configuration.state import StateDir
+
+    settings = settings_of(
+        config, state_dir=state_dir, host=host, port=port, workers__count=workers
+    )
+    state = StateDir(settings.state_dir).create()
+    asked = settings.workers.count if workers is not None else None
+    count = asked if isinstance(asked, int) else None
+    if foreground:
+        from launcher.command.foreground import stay
+
+        raise typer.Exit(stay(Up(settings, state, count, lambda line: print(line, flush=True))))
+    with progress("bringing the farm up") as say, state.lock():
+        run = Up(settings, state, count, say)
+        try:
+            farm = run.bring_up()
+            view = run.wait(farm)
+        except KeyboardInterrupt:
+            if run.farm is not None:
+                say("interrupted; the farm goes on starting: see `gpufarm ps`, or `gpufarm down`")
+            raise
+    show(farm, view, as_json, closing=True)
+
+
+def show(farm: Farm, view: dict[str, Any], as_json: bool, closing: bool = False) -> None:
+    """Print the workers; ``closing`` adds where the farm is and how to try it."""
+    if as_json:
+        print(json.dumps(view, indent=2))
+        return
+    from launcher.command.listing import curl_line, print_workers
+    from launcher.command.report import console
+
+    print_workers(view, console())
+    if closing and not any(worker["state"] == "ready" for worker in view["workers"]):
+        print(f"\n{farm.url} answers 503: no worker is wanted. `gpufarm scale 1` starts one,")
+        print("`gpufarm restart w1` refills a drained slot.")
+    elif closing:
+        print(f"\nReady at {farm.url}. Try:\n  {curl_line(farm, view)}")
+
+
+@app.command()
+def down(config: ConfigFile = None, state_dir: StateFolder = None) -> None:
+    """Stop the farm: first no new requests, then every worker once it has finished."""
+    from launcher.command.bringing_down import bring_down
+    from launcher.command.progress import progress
+
+    state = state_of(config, state_dir)
+    with progress("stopping") as say:
+        bring_down(state, say)
+
+
+@app.command()
+def ps(config: ConfigFile = None, state_dir: StateFolder = None, as_json: AsJson = False) -> None:
+    """Show the workers."""
+    farm, client = running(config, state_dir)
+    show(farm, client.workers(), as_json)
+
+
+@app.command()
+def plan(
+    config: ConfigFile = None,
+    state_dir: StateFolder = None,
+    workers: WorkerCount = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option("--device", metavar="SIZE", help="Plan for a device of 24GiB; repeatable."),
+    ] = None,
+    footprint: Annotated[
+        str | None, typer.Option("--footprint", metavar="SIZE", help="Memory of one worker.")
+    ] = None,
+    cores: Annotated[int | None, typer.Option("--cores", help="Cores to plan with.")] = None,
+    ram: Annotated[str | None, typer.Option("--ram", metavar="SIZE", help="Host RAM.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Start one worker alone and measure it.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show how many workers fit, and the arithmetic."""
+    from launcher.command import plan_command
+    from launcher.command.client import NotRunningError, running_farm
+    from launcher.configuration.state import StateDir
+
+    settings = settings_of(config, state_dir=state_dir, workers__count=workers)
+    current = None
+    if not (device or footprint or measure or workers or ram or cores is not None):
+        try:
+            current = running_farm(StateDir(settings.state_dir)).plan
+        except NotRunningError:
+            current = None
+    raise typer.Exit(
+        plan_command.run(
+            settings,
+            devices=device or (),
+            footprint=footprint,
+            cores=cores,
+            ram=ram,
+            as_json=as_json,
+            measure=measure,
+            running=current,
+        )
+    )
+
+
+@app.command()
+def scale(
+    count: Annotated[int, typer.Argument(min=0, metavar="N", help="How many workers.")],
+    config: ConfigFile = None,
+    state_dir: StateFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have N workers; it lasts until `down`."""
+    farm, client = running(config, state_dir)
+    warnings = client.scale(count)["warnings"]
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    settle(farm, as_json)
+
+
+@app.command()
+def drain(
+    worker: WorkerId,
+    config: ConfigFile = None,
+    state_dir: StateFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a worker finish and keep its slot empty; `restart` refills it."""
+    farm, client = running(config, state_dir)
+    client.drain(worker)
+    settle(farm, as_json)
+
+
+@app.command()
+def restart(
+    worker: Annotated[str | None, typer.Argument(metavar="[ID]", help="Default: all.")] = None,
+    config: ConfigFile = None,
+    state_dir: StateFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Replace workers one after another, without a gap where a slot is free."""
+    farm, client = running(config, state_dir)
+    client.restart(worker)
+    settle(farm, as_json)
+
+
+def settle(farm: Farm, as_json: bool) -> None:
+    """Wait until what was asked for has happened, and show the result."""
+    from launcher.command.bringing_up import Up
+    from launcher.command.progress import progress
+
+    with progress("waiting for the workers") as say:
+        view = Up(farm.settings, farm.state, None, say).wait(farm)
+    show(farm, view, as_json)
+
+
+@app.command()
+def logs(
+    process: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="w1, nginx, controller, … Default: all.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as they grow.")] = False,
+    lines: Annotated[
+        int, typer.Option("--lines", "-n", min=0, help="How many to begin with.")
+    ] = 20,
+    config: ConfigFile = None,
+    state_dir: StateFolder = None,
+) -> None:
+    """Print the logs of the farm's processes."""
+    from launcher.command.client import NotRunningError
+    from launcher.command.following import Follower
+    from launcher.configuration.config import ConfigError
+
+    state = state_of(config, state_dir)
+    if not state.logs.is_dir():
+        raise NotRunningError(f"there are no logs in {state.path}; no farm has run there")
+    follower = Follower(state.logs, (process,) if process else (), print, lines)
+    if process and not follow and not (state.logs / f"{process}.log").exists():
+        there = ", ".join(sorted(path.stem for path in state.logs.glob("*.log"))) or "none"
+        raise ConfigError(
+            f"{process}: it has written nothing yet, or does not exist; logs: {there}"
+        )
+    follower.show_new()
+    if follow:
+        follower.follow()
+
+
+@app.command()
+def doctor(
+    config: ConfigFile = None, state_dir: StateFolder = None, as_json: AsJson = False
+) -> None:
+    """Check what a farm needs: tools, ports, devices, space, and a stream through the proxy."""
+    from launcher.command.doctor import examine, print_findings
+
+    findings = examine(settings_of(config, state_dir=state_dir))
+    print_findings(findings, as_json)
+    raise typer.Exit(DONE if all(finding.fine for finding in findings) else FAILED)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The code of an error that a user can act on; None for one that is a mistake of ours."""
+    from balancer.nginx import BalancerError
+    from launcher.command.bringing_up import UpError
+    from launcher.command.client import AwayError, NotRunningError, RefusedError
+    from launcher.configuration.config import ConfigError
+    from launcher.configuration.state import StateError
+    from launcher.planning.footprint import MeasureError
+    from launcher.planning.plan import DoesNotFit
+    from launcher.processes.supervisor import SupervisorError
+
+    if isinstance(error, RefusedError):
+        if error.status >= 500:
+            return FAILED
+        return DOES_NOT_FIT if error.status == 409 else BAD_CONFIGURATION
+    codes: tuple[tuple[type[Exception], int], ...] = (
+        (ConfigError, BAD_CONFIGURATION),
+        (DoesNotFit, DOES_NOT_FIT),
+        (NotRunningError, NOT_RUNNING),
+        (UpError, FAILED),
+        (AwayError, FAILED),
+        (BalancerError, FAILED),
+        (MeasureError, FAILED),
+        (StateError, FAILED),
+        (SupervisorError, FAILED),
+    )
+    return next((code for kind, code in codes if isinstance(error, kind)), None)
+
+
+def main() -> None:
+    """Run the command; every expected error is one line and an exit code."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(DONE)
+    except Exception as error:
+        code = _exit_code(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" ({error.filename})" if error.filename else ""
+            print(
+                f"gpufarm: the disk is full{where}; free some space and run the command again",
+                file=sys.stderr,
+            )
+            sys.exit(FAILED)
+        if code is None:
+            _explain_mistake(error)
+            sys.exit(FAILED)
+        print(f"gpufarm: {error}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _explain_mistake(error: Exception) -> None:
+    """An error that nobody expected: one line for the user, a file for whoever mends it."""
+    import tempfile
+    import traceback
+
+    details = "no details: the folder for temporary files cannot be written"
+    with suppress(OSError):
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="gpufarm-error-", suffix=".txt", delete=False
+        ) as file:
+            traceback.print_exception(error, file=file)
+        details = f"details in {file.name}"
+    told = " ".join(str(error).split())
+    print(f"gpufarm: {type(error).__name__}: {told} (unexpected; {details})", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The log files of a farm's processes, read together and, if asked, as they grow."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launcher.configuration.config import ConfigError
+
+POLL = 0.2
+NAMES = ("supervisord", "controller", "nginx", "nginx-error")
+_WORKER_LOG = re.compile(r"w\d+")
+
+
+@dataclass
+class LogFile:
+    """One growing file; it may be rotated away at any time."""
+
+    name: str
+    path: Path
+    position: int = 0
+    inode: int = 0
+    rest: bytes = field(default=b"", repr=False)
+    """The beginning of a line whose end has not been written yet."""
+
+    def skip_to_last(self, lines: int) -> None:
+        """Begin ``lines`` before the end."""
+        try:
+            data = self.path.read_bytes()
+            self.inode = self.path.stat().st_ino
+        except OSError:
+            return
+        kept = data.splitlines(keepends=True)[-lines:] if lines else []
+        self.position = len(data) - sum(len(line) for line in kept)
+
+    def new_lines(self) -> list[str]:
+        """Complete lines since the last call."""
+        lines = []
+        try:
+            with self.path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if self.inode and status.st_ino != self.inode:
+                    lines = self._rest_of_rotated()
+                if status.st_ino != self.inode or status.st_size < self.position:
+                    self.position, self.inode = 0, status.st_ino
+                file.seek(self.position)
+                lines += self._split(file.read())
+                self.position = file.tell()
+        except OSError:
+            return lines
+        return lines
+
+    def _rest_of_rotated(self) -> list[str]:
+        old = self.path.with_name(f"{self.path.name}.1")
+        try:
+            if old.stat().st_ino != self.inode:
+                return []
+            with old.open("rb") as file:
+                file.seek(self.position)
+                return self._split(file.read() + b"\n")
+        except OSError:
+            return []
+
+    def _split(self, data: bytes) -> list[str]:
+        *complete, self.rest = (self.rest + data).split(b"\n")
+        return [line.decode(errors="replace") for line in complete if line]
+
+
+def log_files(logs: Path, chosen: Sequence[str] = ()) -> list[LogFile]:
+    """The logs of all processes, or of one. Raises ConfigError for a name that has none."""
+    if not chosen:
+        workers = sorted(
+            (path.stem for path in logs.glob("w*.log") if _WORKER_LOG.fullmatch(path.stem)),
+            key=lambda name: int(name[1:]),
+        )
+        return [LogFile(name, logs / f"{name}.log") for name in (*NAMES, *workers)]
+    for name in chosen:
+        if not (name in (*NAMES, "nginx-access") or _WORKER_LOG.fullmatch(name)):
+            known = ", ".join((*NAMES, "nginx-access", "w1, w2, …"))
+            raise ConfigError(f"{name}: there is no such process; known: {known}")
+    return [LogFile(name, logs / f"{name}.log") for name in chosen]
+
+
+class Follower:
+    """Prints what is new in a set of logs, each line with the name of its process."""
+
+    def __init__(
+        self, logs: Path, chosen: Sequence[str], write: Callable[[str], None], lines: int
+    ) -> None:
+        self._logs = logs
+        self._chosen = chosen
+        self._write = write
+        self._files = log_files(logs, chosen)
+        for file in self._files:
+            file.skip_to_last(lines)
+
+    def show_new(self) -> bool:
+        """Print what has been written since; whether there was any."""
+        if not self._chosen:
+            known = {file.name for file in self._files}
+            self._files += [file for file in log_files(self._logs) if file.name not in known]
+        shown = False
+        for file in self._files:
+            for line in file.new_lines():
+                prefix = f"{file.name} | " if len(self._files) > 1 else ""
+                self._write(f"{prefix}{line}")
+                shown = True
+        return shown
+
+    def follow(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Print on and on, until told or interrupted."""
+        while not until():
+            if not self.show_new():
+                time.sleep(POLL)
+        self.show_new()

@@ -1,0 +1,132 @@
+"""`gpufarm plan`: what would run where, and why. Starts nothing unless asked to measure."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from launcher.command import report
+from launcher.configuration.config import Settings
+from launcher.configuration.sizes import parse_size
+from launcher.configuration.sources import ConfigError
+from launcher.configuration.state import StateDir
+from launcher.planning import sizing
+from launcher.planning.devices import discover, imagined
+from launcher.planning.footprint import MeasureError
+from launcher.planning.host import overridden
+from launcher.planning.inventory import Device, Footprint, Host
+from launcher.planning.plan import Plan
+
+DONE, FAILED, DOES_NOT_FIT = 0, 1, 3
+
+UNKNOWN = (
+    "The footprint of one worker is not known yet. To measure it, run `gpufarm plan --measure` "
+    "(one worker is started alone and ended again) or `gpufarm up`; or state it with "
+    '--footprint 7GiB or footprint.bytes = "7GiB".'
+)
+
+
+def run(
+    settings: Settings,
+    devices: Sequence[str] = (),
+    footprint: str | None = None,
+    *,
+    cores: int | None = None,
+    ram: str | None = None,
+    as_json: bool = False,
+    measure: bool = False,
+    running: Plan | None = None,
+) -> int:
+    """Print the plan; the exit code: 0, 1 (footprint unknown, measuring failed), 3 (does not fit).
+
+    ``devices`` are sizes of devices that need not exist: then this host is ignored, except for
+    what ``cores`` and ``ram`` say. ``running``: the plan of a farm that runs, which is told as it
+    is, since its own workers hold the memory. Raises ConfigError.
+    """
+    if running is not None and not (devices or footprint or measure):
+        return _tell(
+            running, as_json, ("The plan of the running farm, as it was when it started:",)
+        )
+    if cores is not None and cores < 1:
+        raise ConfigError(f"--cores {cores}: must be a whole number from 1")
+    given, empty = _footprint(footprint), tuple[str, ...]()
+    if devices:
+        host = Host(cores, _size("--ram", ram), _size("--ram", ram), "given", "given")
+        places, notes = imagined(devices), empty
+        known = given or _known_here(settings)
+    else:
+        host = overridden(sizing.read_host(settings), cores or 0, _size("--ram", ram))
+        found = discover(host, settings.budget.devices)
+        places, notes = found.devices, found.notes
+        known = given or sizing.known_footprint(settings, places, StateDir(settings.state_dir))
+    if known is None and measure and not devices:
+        try:
+            known = _measured(settings, places)
+        except MeasureError as error:
+            print(f"gpufarm: {error}", file=sys.stderr)
+            return FAILED
+    if known is None:
+        return _tell_unknown(places, notes, as_json)
+    return _tell(sizing.build_plan(settings, places, host, known), as_json, notes)
+
+
+def _footprint(text: str | None) -> Footprint | None:
+    size = _size("--footprint", text)
+    return Footprint.given(size) if size else None
+
+
+def _size(option: str, text: str | None) -> int | None:
+    if not text:
+        return None
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} {text}: {error}") from None
+    if size == 0:
+        raise ConfigError(f"{option} {text}: must be more than nothing")
+    return size
+
+
+def _known_here(settings: Settings) -> Footprint | None:
+    """For devices that are not there: what was stated, or else measured on this host's own."""
+    here = discover(sizing.read_host(settings), settings.budget.devices).devices
+    return sizing.known_footprint(settings, here, StateDir(settings.state_dir))
+
+
+def _measured(settings: Settings, places: Sequence[Device]) -> Footprint:
+    # What starts processes; a plan that measures nothing does without it.
+    from launcher.processes.lone_worker import lone_start  # noqa: PLC0415
+
+    state = StateDir(settings.state_dir).create()
+    with state.lock():
+        return sizing.measure_footprint(
+            settings,
+            places,
+            state,
+            lone_start(settings, state),
+            progress=lambda line: print(line, file=sys.stderr),
+        )
+
+
+def _tell(plan: Plan, as_json: bool, notes: Sequence[str]) -> int:
+    if as_json:
+        print(json.dumps({**plan.to_json(), "notes": list(notes)}, indent=2))
+    else:
+        report.print_plan(plan, report.console(), notes)
+    if plan.refusal:
+        print(f"gpufarm: {plan.refusal}", file=sys.stderr)
+        return DOES_NOT_FIT
+    return DONE
+
+
+def _tell_unknown(places: Sequence[Device], notes: Sequence[str], as_json: bool) -> int:
+    if as_json:
+        rows = [{"device": asdict(device), "workers": None} for device in places]
+        told = {"devices": rows, "total_workers": None, "footprint": None, "notes": [*notes]}
+        print(json.dumps({**told, "message": UNKNOWN}, indent=2))
+    else:
+        report.print_devices(places, report.console(), notes)
+    print(f"gpufarm: {UNKNOWN}", file=sys.stderr)
+    return FAILED

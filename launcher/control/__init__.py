@@ -1,0 +1,1 @@
+"""The controller: what is wanted, what is seen, and the next step."""

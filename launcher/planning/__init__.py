@@ -1,0 +1,1 @@
+"""From devices and a measured footprint to a plan."""

@@ -1,0 +1,133 @@
+"""Which devices the farm may use: GPUs and MIG slices by UUID, else the CPU with its RAM."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from launcher.configuration.sizes import parse_size
+from launcher.configuration.sources import ConfigError
+from launcher.planning.inventory import Device, Host
+from launcher.planning.nvml import Driver, Nvml
+
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The devices to plan with, and what to tell about the choice."""
+
+    devices: tuple[Device, ...]
+    notes: tuple[str, ...] = ()
+
+
+def discover(
+    host: Host,
+    wanted: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+    nvml: Nvml | None = None,
+) -> Found:
+    """What there is, after ``CUDA_VISIBLE_DEVICES`` and then ``budget.devices`` (``wanted``).
+
+    Indices are the driver's order (PCI, as nvidia-smi has it). Raises ConfigError for a wanted
+    device that is not there.
+    """
+    environ = os.environ if environ is None else environ
+    if list(wanted) == [CPU]:
+        return Found((cpu_device(host),))
+    driver = Driver.open(nvml)
+    groups: list[list[Device]] = []
+    if driver is not None:
+        with driver:
+            groups = driver.devices()
+    mask = environ.get("CUDA_VISIBLE_DEVICES")
+    visible = groups if mask is None else visible_groups(groups, mask)
+    if wanted:
+        return Found(_wanted(visible, wanted, host))
+    devices = tuple(device for group in visible for device in group)
+    if devices:
+        return Found(devices)
+    note = "No GPU: workers run on the CPU, and memory means RAM."
+    if groups:
+        note = (
+            f"CUDA_VISIBLE_DEVICES={mask!r} hides {len(groups)} GPU"
+            f"{'' if len(groups) == 1 else 's'}: workers run on the CPU, and memory means RAM."
+        )
+    return Found((cpu_device(host),), (note,))
+
+
+def cpu_device(host: Host) -> Device:
+    """The CPU as a device: its memory is the RAM that this process may use."""
+    return Device(
+        id=CPU,
+        name=f"CPU ({host.cores:g} cores)" if host.cores else "CPU",
+        kind="cpu",
+        total=host.ram_total or 0,
+        free=host.ram_free or 0,
+    )
+
+
+def imagined(sizes: Sequence[str]) -> tuple[Device, ...]:
+    """Devices that are only given as sizes, all of it free. Raises ConfigError for a bad size."""
+    devices = []
+    for index, text in enumerate(sizes):
+        try:
+            size = parse_size(text)
+        except ValueError as error:
+            raise ConfigError(f"--device {text}: {error}") from None
+        if size <= 0:
+            raise ConfigError(f"--device {text}: must be more than nothing")
+        devices.append(Device(f"device{index}", text, "imagined", size, size, index))
+    return tuple(devices)
+
+
+def visible_groups(groups: Sequence[Sequence[Device]], mask: str) -> list[list[Device]]:
+    """What a ``CUDA_VISIBLE_DEVICES`` leaves, in its order.
+
+    As CUDA reads it: indices, UUIDs or unambiguous beginnings of them; reading ends at the first
+    that means nothing (``-1`` and the empty text: no device). A GPU with MIG on stands for its
+    slices, since each worker is given one slice by UUID.
+    """
+    chosen: list[list[Device]] = []
+    seen: set[str] = set()
+    for token in mask.split(","):
+        group = _match(groups, token.strip())
+        if not group:
+            break
+        new = [device for device in group if device.id not in seen]
+        seen.update(device.id for device in new)
+        if new:
+            chosen.append(new)
+    return chosen
+
+
+def _match(groups: Sequence[Sequence[Device]], token: str) -> list[Device]:
+    if token.isdecimal():
+        return [device for group in groups for device in group if device.index == int(token)]
+    if not token.startswith(("GPU-", "MIG-")):
+        return []
+    matches = [d for group in groups for d in group if d.id.startswith(token) or d.parent == token]
+    parents = {d.parent for group in groups for d in group if d.parent.startswith(token)}
+    if not matches and len(parents) == 1:
+        return [d for group in groups for d in group if d.parent in parents]
+    exact = [device for device in matches if token in (device.id, device.parent)]
+    return exact or (matches if len(matches) == 1 else [])
+
+
+def _wanted(
+    groups: Sequence[Sequence[Device]], wanted: Sequence[str], host: Host
+) -> tuple[Device, ...]:
+    chosen: list[Device] = []
+    for name in wanted:
+        found = [cpu_device(host)] if name == CPU else _match(groups, name)
+        if not found:
+            there = [f"{d.index} ({d.id})" for group in groups for d in group] + [CPU]
+            raise ConfigError(
+                f"budget.devices = {name!r}: there is no such device, or it is hidden by "
+                f"CUDA_VISIBLE_DEVICES; there is: {', '.join(there)}"
+            )
+        chosen += [device for device in found if device not in chosen]
+    if len({device.kind == CPU for device in chosen}) > 1:
+        raise ConfigError('budget.devices names GPUs and "cpu"; a farm runs on one or the other')
+    return tuple(chosen)

@@ -1,0 +1,189 @@
+"""Measured footprints, kept so that a farm is sized once and not at every start.
+
+The key holds everything that could change the number. Versions come from the packages' metadata:
+nothing is imported to be asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from launcher.configuration.config import Settings
+from launcher.configuration.state import StateDir, read_json, set_aside, write_json
+from launcher.planning.inventory import Device, Footprint
+
+PACKAGES = ("gpufarm", "torch", "onnxruntime", "onnxruntime-gpu", "transformers", "tensorrt")
+MOST_FILES = 10_000
+"""A folder with more files is told apart by the first so many."""
+EDGE = 1 << 20
+"""Bytes read from both ends of a large file: weights of the same shape take the same memory."""
+VERSION = 1
+
+
+class FootprintStore:
+    """The footprints of a state directory."""
+
+    def __init__(self, state: StateDir) -> None:
+        self._path = state.footprints_file
+        self._adapter = TypeAdapter(Footprint)
+
+    def find(self, key: Mapping[str, Any]) -> Footprint | None:
+        """The footprint measured under the very same circumstances; None where there is none."""
+        entry = self._read().get(digest(key))
+        if not isinstance(entry, dict):
+            return None
+        try:
+            return self._adapter.validate_python(entry.get("footprint"))
+        except ValidationError:
+            return None
+
+    def put(self, key: Mapping[str, Any], footprint: Footprint) -> None:
+        """Keep it. Raises StateError or ConfigError where the directory refuses."""
+        entries = self._read()
+        entries[digest(key)] = {"footprint": asdict(footprint), "key": dict(key)}
+        write_json(self._path, {"version": VERSION, "footprints": entries})
+
+    def _read(self) -> dict[str, Any]:
+        data = read_json(self._path)
+        if data is None:
+            return {}
+        entries = data.get("footprints") if isinstance(data, dict) else None
+        if not isinstance(entries, dict) or data.get("version") != VERSION:
+            set_aside(self._path)
+            return {}
+        return entries
+
+
+def digest(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def key_of(settings: Settings, device: Device) -> dict[str, Any]:
+    """Everything that the footprint depends on, JSON-ready."""
+    model = settings.model
+    return {
+        "model": {
+            "target": model.target,
+            "command": list(model.command),
+            "args": model.args,
+            # It may hold a token, and what the store tells of a key is for reading.
+            "environment": digest(model.environment),
+            "files": files_digest(settings),
+        },
+        "threads": settings.workers.threads,
+        "requests": [
+            request.model_dump(mode="json", by_alias=True)
+            for request in settings.footprint.requests
+        ],
+        "device": {"name": device.name, "kind": device.kind, "total": _total(device)},
+        "driver": device.driver,
+        "python": platform.python_version(),
+        "versions": versions(),
+    }
+
+
+def _total(device: Device) -> int | None:
+    """Of a GPU; how much RAM there is beside the CPU says nothing about a worker."""
+    return None if device.kind == "cpu" else device.total
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides about memory; what is not installed is left out."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def files_digest(settings: Settings) -> str:
+    """A hash of the model's files: its source, and whatever arguments or the command name."""
+    total = hashlib.sha256()
+    for path in sorted(set(model_files(settings))):
+        total.update(str(path).encode())
+        total.update(_edges(path))
+    return total.hexdigest()
+
+
+def model_files(settings: Settings) -> Iterator[Path]:
+    """The class's module or package, and every argument that is the path of a file or folder."""
+    model, folder = settings.model, settings.folder
+    if model.target and (source := _module_source(settings)):
+        yield from _files(source)
+    # An interpreter's version is in the key; its own file would say less.
+    interpreter = Path(sys.executable).resolve()
+    for text in [*model.command, *_texts(model.args)]:
+        named = folder / text if 0 < len(text) < 1024 and "\0" not in text else None
+        if named is not None and named.exists() and named.resolve() != interpreter:
+            yield from _files(named)
+    for request in settings.footprint.requests:
+        if request.body_file is not None and request.body_file.is_file():
+            yield request.body_file
+
+
+def _module_source(settings: Settings) -> Path | None:
+    """Where a worker would import the class from, found without importing anything."""
+    parts = settings.model.target.partition(":")[0].split(".")
+    for folder in [*map(str, settings.import_path), *sys.path]:
+        base = Path(folder or ".").joinpath(*parts)
+        if (base / "__init__.py").is_file():
+            return base
+        if base.with_suffix(".py").is_file():
+            return base.with_suffix(".py")
+    return None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+        return
+    yield from islice(_walk(path), MOST_FILES)
+
+
+def _walk(top: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(top):
+        folders[:] = sorted(name for name in folders if name != "__pycache__" and name[0] != ".")
+        for name in sorted(names):
+            if name[0] != "." and (member := Path(folder, name)).is_file():
+                yield member
+
+
+def _edges(path: Path) -> bytes:
+    """A hash of a file; of a large one, of its size and both ends."""
+    total = hashlib.sha256()
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            total.update(str(size).encode())
+            total.update(file.read(EDGE))
+            if size > 2 * EDGE:
+                file.seek(-EDGE, 2)
+            total.update(file.read(EDGE))
+    except OSError as error:
+        total.update(f"unreadable: {error.errno}".encode())
+    return total.digest()

@@ -1,0 +1,118 @@
+"""From settings to a plan: which footprint is known, how it is measured, and what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from launcher.configuration.config import Settings
+from launcher.configuration.sizes import format_size
+from launcher.configuration.state import StateDir
+from launcher.planning import host as hosts
+from launcher.planning.footprint import MeasureError, Probe, Progress, RunningWorker, measure
+from launcher.planning.footprint_store import FootprintStore, key_of
+from launcher.planning.inventory import Device, Footprint, Host
+from launcher.planning.plan import DoesNotFit, Limits, Plan, place_to_measure, plan
+
+Start = Callable[[Device], RunningWorker]
+"""Starts the configured worker on a device, alone."""
+
+
+def limits(settings: Settings) -> Limits:
+    return Limits(
+        count=settings.workers.count,
+        max=settings.workers.max,
+        threads=settings.workers.threads,
+        memory=settings.budget.memory,
+        headroom=settings.budget.headroom,
+    )
+
+
+def read_host(settings: Settings) -> Host:
+    """What this host has, as far as budget.cores and budget.ram do not say otherwise."""
+    found = hosts.read_host()
+    return hosts.overridden(found, settings.budget.cores, settings.budget.ram)
+
+
+def known_footprint(
+    settings: Settings, devices: Sequence[Device], state: StateDir
+) -> Footprint | None:
+    """footprint.bytes, else the largest that was measured on such devices; None: measure it."""
+    if settings.footprint.bytes:
+        return Footprint.given(settings.footprint.bytes)
+    store = FootprintStore(state)
+    kept = [store.find(key_of(settings, device)) for device in devices if not device.problem]
+    return max((found for found in kept if found), key=lambda f: f.steady, default=None)
+
+
+def measure_footprint(
+    settings: Settings,
+    devices: Sequence[Device],
+    state: StateDir,
+    start: Start,
+    progress: Progress = lambda message: None,
+) -> Footprint:
+    """Measure on the device with the most room and keep the result.
+
+    Raises MeasureError; DoesNotFit where there is no room to try, or where the kernel ended the
+    worker because memory ran out.
+    """
+    from launcher.planning.nvml import Driver  # noqa: PLC0415 - together with pynvml, only for a GPU
+    from launcher.planning.sampling import sampler_for  # noqa: PLC0415
+
+    device = place_to_measure(devices, limits(settings))
+    progress(f"measuring the footprint of one worker on {device.name}")
+    killed_before = hosts.killed_for_memory()
+    driver = Driver.open() if device.is_gpu else None
+    try:
+        result = measure(
+            lambda: start(device),
+            sampler_for(device.kind, device.id, driver),
+            [Probe.of(request) for request in settings.footprint.requests],
+            load_timeout=settings.workers.load_timeout,
+            request_timeout=settings.workers.request_timeout,
+            device=device.name,
+            progress=progress,
+        )
+    except MeasureError as error:
+        if hosts.killed_for_memory() > killed_before:
+            free = format_size(read_host(settings).ram_free or 0)
+            raise DoesNotFit(
+                f"one worker does not fit: the kernel ended a process of it because memory ran "
+                f"out (now {free} of RAM are free); free some, or raise the memory limit"
+            ) from error
+        raise
+    finally:
+        if driver is not None:
+            driver.close()
+    FootprintStore(state).put(key_of(settings, device), result)
+    return result
+
+
+def build_plan(
+    settings: Settings, devices: Sequence[Device], host: Host, footprint: Footprint
+) -> Plan:
+    """The plan, with a warning where the footprint may say too little or too much."""
+    result = plan(devices, footprint, host, limits(settings))
+    warnings = [*result.warnings]
+    if footprint.how == "measured" and footprint.requests == 0:
+        warnings.append(
+            "the footprint was measured without a request: name the longest in footprint.requests, "
+            "or give the class longest_request()"
+        )
+    if not footprint.exact:
+        warnings.append(
+            "other processes used the device while the footprint was measured: "
+            f"{format_size(footprint.steady)} is a guess; measure again with gpufarm plan --measure"
+        )
+    return replace(result, warnings=tuple(warnings))
+
+
+__all__ = [
+    "MeasureError",
+    "build_plan",
+    "known_footprint",
+    "limits",
+    "measure_footprint",
+    "read_host",
+]
