@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+# Before any test imports it: ONNX Runtime would report what is tested.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def own_state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

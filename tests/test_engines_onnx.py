@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +64,24 @@ def test_a_cpu_runs_it(graph: Path) -> None:
     assert z.tolist() == [[1.0, 2.0, 3.0]]
     assert loaded.inputs == ["x"]
     assert loaded.outputs == ["y", "z"]
+
+
+def test_nobody_is_told_what_runs_here(graph: Path, tmp_path: Path) -> None:
+    """What ONNX Runtime keeps for its reports lies under the home; it keeps still under tests."""
+    home = tmp_path / "home"
+    home.mkdir()
+    program = (
+        "import pathlib, sys\nfrom workers.engines.onnx import OnnxEngine, Options\n"
+        "OnnxEngine(pathlib.Path(sys.argv[1]), Options())"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, str(graph)],
+        cwd=Path(__file__).parent.parent,
+        env={"PATH": os.environ["PATH"], "HOME": str(home)},
+        timeout=60,
+        check=True,
+    )
+    assert list(home.iterdir()) == []
 
 
 def test_what_runs_where_is_read_back(graph: Path) -> None:

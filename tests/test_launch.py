@@ -52,6 +52,7 @@ def test_a_foreign_command_is_filled_in(tmp_path: Path) -> None:
     assert on_gpu.environment["NAME"] == "worker w2"
     assert on_gpu.environment["OMP_NUM_THREADS"] == "7", "the user's word is last"
     assert on_gpu.environment["MKL_NUM_THREADS"] == "3"
+    assert on_gpu.environment["ORT_DISABLE_TELEMETRY"] == "1", "nobody is told what a farm runs"
     assert on_gpu.folder == str(tmp_path)
     on_cpu = launch(given, CPU, id="w2", port=1, spec=tmp_path, cache=tmp_path)
     assert on_cpu.environment["CUDA_VISIBLE_DEVICES"] == ""

@@ -63,6 +63,8 @@ def launch(
         "PYTHONUNBUFFERED": "1",
         "GPUFARM_WORKER_ID": id,
         "GPUFARM_CACHE_DIR": str(cache),
+        # A farm tells nobody what it runs. ONNX Runtime would, in any model that imports it.
+        "ORT_DISABLE_TELEMETRY": "1",
         **dict.fromkeys(THREAD_VARIABLES, str(settings.workers.threads)),
         **{key: filled(text, values) for key, text in settings.model.environment.items()},
     }

@@ -10,19 +10,21 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
-log = logging.getLogger(__name__)
+# Its builds tell their maker of every session, from the moment they are imported, unless this is
+# set; disable_telemetry_events() comes too late for the first of them.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime
 
-# A farm tells nobody what it runs; some builds of ONNX Runtime would.
-onnxruntime.disable_telemetry_events()
+log = logging.getLogger(__name__)
 
 PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
