@@ -80,7 +80,7 @@ def _add_requests(group: Any) -> None:
         type=positive,
         default=70.0,
         metavar="SECONDS",
-        help="give a request up after that long; more than the farm's own deadline of 60",
+        help="seconds after which a request is given up; more than the farm's own deadline of 60",
     )
     _add(group, "--seed", type=int, default=1, help="of the choice of texts and of random arrivals")
 
@@ -134,7 +134,7 @@ def _add_thresholds(group: Any) -> None:
         type=limit_text,
         default="",
         metavar="MS",
-        help="p95: 95 percent of requests are answered within so many milliseconds",
+        help="p95 of the latency, in milliseconds",
     )
     _add(
         group,
@@ -158,8 +158,7 @@ def _add_thresholds(group: Any) -> None:
         type=limit_text,
         default="",
         metavar="FACTOR",
-        help="p95: 95 percent of speech requests take at most so many seconds per second of audio, "
-        "waiting included",
+        help="p95 of the seconds until a speech request is answered per second of audio",
     )
 
 

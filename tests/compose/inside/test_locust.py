@@ -38,7 +38,7 @@ def run(**choices: str) -> dict[str, Any]:
     begun = httpx.post(f"{PAGE}/swarm", data=form, timeout=30)
     assert begun.json()["success"], begun.text
     until(lambda: answered() >= REQUESTS, "requests are answered", seconds=120, every=0.5)
-    httpx.get(f"{PAGE}/stop", timeout=60)
+    httpx.post(f"{PAGE}/stop", timeout=60).raise_for_status()
     until(lambda: stats()["state"] == "stopped", "the run has ended", seconds=120, every=0.5)
     final = stats()
     for row in final["stats"]:
