@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Callable
+from pathlib import Path
 
-from launcher.command.bringing_up import end_leftovers, remove_traces, shut_down
 from launcher.command.client import NotRunningError
 from launcher.configuration.state import StateDir
 from launcher.processes import farm as farms
-from launcher.processes import orphans
+from launcher.processes import orphans, ports, supervisor
+from launcher.processes.farm import Farm
+from launcher.processes.lone_worker import MEASURED_SPEC
 from launcher.processes.supervisor import Supervisor
 
+END_GRACE = 60.0
+"""Added to the time in which the processes stop, before what is left is killed."""
+POLL = 0.1
 LEFTOVER_SECONDS = 60.0
 """For workers to finish, where no record tells how long a request may take."""
 
@@ -43,3 +50,46 @@ def _end_unrecorded(state: StateDir, none: NotRunningError) -> None:
     if not (end_leftovers(state, LEFTOVER_SECONDS) or supervisors or marker):
         raise none
     remove_traces(state)
+
+
+def shut_down(farm: Farm) -> None:
+    """Stop a running farm in order: nginx, then the workers together. Returns when all is gone.
+
+    Whatever does not end in its time is killed.
+    """
+    control = Supervisor(farm.socket)
+    stop = farm.settings.workers.request_timeout + supervisor.GRACE_AFTER_REQUEST
+    deadline = time.monotonic() + 2 * stop + END_GRACE
+    pid = control.pid() if control.alive() else 0
+    if pid:
+        control.shutdown()
+    while pid and _runs(pid, farm.state.path) and time.monotonic() < deadline:
+        time.sleep(POLL)
+    orphans.clean(farm.state.path, farm.socket, graceful_seconds=0 if pid else stop)
+
+
+def _runs(pid: int, state: Path) -> bool:
+    return any(process.pid == pid for process in orphans.supervisors_of(state))
+
+
+def end_leftovers(state: StateDir, graceful_seconds: float) -> int:
+    """End the processes of a farm whose supervisor does not answer. Returns how many."""
+    runtime = state.recorded_runtime()
+    socket = runtime / supervisor.SOCKET if runtime is not None else None
+    return orphans.clean(state.path, socket, graceful_seconds)
+
+
+def remove_traces(state: StateDir) -> None:
+    """Remove what only a running farm needs; logs, caches, footprints and ports stay."""
+    rendered = ("supervisord.conf", "nginx.conf", "worker.json", "slots.json")
+    names = [*rendered, farms.FARM_FILE, MEASURED_SPEC]
+    for path in (
+        *(state.path / name for name in names),
+        *(state.settings_file, state.plan_file, state.desired_file),
+        state.logs / "supervisord.out.log",
+    ):
+        path.unlink(missing_ok=True)
+    for folder in ("run", "nginx-tmp"):
+        shutil.rmtree(state.path / folder, ignore_errors=True)
+    state.remove_runtime()
+    ports.release(state.path)

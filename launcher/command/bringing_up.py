@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import errno
-import shutil
 import socket
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from balancer import processes as nginx_processes
 from balancer.start import why_not_free
+from launcher.command.bringing_down import end_leftovers, remove_traces, shut_down
 from launcher.command.client import AwayError, Client
 from launcher.configuration.config import ConfigError, Settings
 from launcher.configuration.state import StateDir, read_json, write_json
@@ -23,10 +22,10 @@ from launcher.planning.devices import discover
 from launcher.planning.inventory import Device
 from launcher.planning.plan import Plan
 from launcher.processes import farm as farms
-from launcher.processes import orphans, ports, supervisor
+from launcher.processes import ports, supervisor
 from launcher.processes.farm import Farm
 from launcher.processes.last_words import last_line
-from launcher.processes.lone_worker import MEASURED_SPEC, lone_start
+from launcher.processes.lone_worker import lone_start
 from launcher.processes.supervisor import Supervisor
 
 SUPERVISOR_SECONDS = 30.0
@@ -308,46 +307,3 @@ def retried(ask: Callable[[], dict[str, Any]], seconds: float = CONTROLLER_SECON
             if time.monotonic() > deadline:
                 raise
             time.sleep(POLL)
-
-
-def shut_down(farm: Farm) -> None:
-    """Stop a running farm in order: nginx, then the workers together. Returns when all is gone.
-
-    Whatever does not end in its time is killed.
-    """
-    control = Supervisor(farm.socket)
-    stop = farm.settings.workers.request_timeout + supervisor.GRACE_AFTER_REQUEST
-    deadline = time.monotonic() + 2 * stop + START_GRACE
-    pid = control.pid() if control.alive() else 0
-    if pid:
-        control.shutdown()
-    while pid and _runs(pid, farm.state.path) and time.monotonic() < deadline:
-        time.sleep(POLL / 2)
-    orphans.clean(farm.state.path, farm.socket, graceful_seconds=0 if pid else stop)
-
-
-def _runs(pid: int, state: Path) -> bool:
-    return any(process.pid == pid for process in orphans.supervisors_of(state))
-
-
-def end_leftovers(state: StateDir, graceful_seconds: float) -> int:
-    """End the processes of a farm whose supervisor does not answer. Returns how many."""
-    runtime = state.recorded_runtime()
-    socket = runtime / supervisor.SOCKET if runtime is not None else None
-    return orphans.clean(state.path, socket, graceful_seconds)
-
-
-def remove_traces(state: StateDir) -> None:
-    """Remove what only a running farm needs; logs, caches, footprints and ports stay."""
-    rendered = ("supervisord.conf", "nginx.conf", "worker.json", "slots.json")
-    names = [*rendered, farms.FARM_FILE, MEASURED_SPEC]
-    for path in (
-        *(state.path / name for name in names),
-        *(state.settings_file, state.plan_file, state.desired_file),
-        state.logs / "supervisord.out.log",
-    ):
-        path.unlink(missing_ok=True)
-    for folder in ("run", "nginx-tmp"):
-        shutil.rmtree(state.path / folder, ignore_errors=True)
-    state.remove_runtime()
-    ports.release(state.path)

@@ -7,7 +7,8 @@ import sys
 import threading
 from types import FrameType
 
-from launcher.command.bringing_up import Up, UpError, remove_traces, shut_down
+from launcher.command.bringing_down import remove_traces, shut_down
+from launcher.command.bringing_up import Up, UpError
 from launcher.command.client import AwayError, Client
 from launcher.command.following import Follower
 from launcher.processes.farm import Farm
