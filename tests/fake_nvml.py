@@ -13,6 +13,10 @@ class FakeError(Exception):
     """As pynvml.NVMLError."""
 
 
+class MismatchError(Exception):
+    """As pynvml.NVMLLibraryMismatchError, which is not derived from the other."""
+
+
 @dataclass
 class Memory:
     total: int
@@ -36,12 +40,15 @@ class Gpu:
     slices: list[Gpu | None] | None = None
     """None: MIG is off, or unknown to this GPU."""
     error: str = ""
+    hidden: bool = False
+    """Its memory is not told: the caller may only use its slices."""
 
 
 class FakeNvml:
     """Behaves as the module does; as old versions do where ``old``: bytes for texts."""
 
     NVMLError: type[Exception] = FakeError
+    NVMLLibraryMismatchError: type[Exception] = MismatchError
 
     def __init__(self, *gpus: Gpu, absent: bool = False, old: bool = False) -> None:
         self.gpus = list(gpus)
@@ -85,6 +92,8 @@ class FakeNvml:
         return self._text(handle.name)
 
     def nvmlDeviceGetMemoryInfo(self, handle: Gpu, /) -> Memory:
+        if handle.hidden:
+            raise FakeError("Insufficient Permissions")
         return Memory(handle.total, handle.free)
 
     def nvmlDeviceGetComputeMode(self, handle: Gpu, /) -> int:
@@ -108,4 +117,4 @@ class FakeNvml:
         return handle.processes
 
     def nvmlDeviceGetGraphicsRunningProcesses(self, handle: Gpu, /) -> Sequence[Process]:
-        raise FakeError("Not Supported")
+        raise MismatchError("Unversioned function")

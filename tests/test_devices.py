@@ -95,6 +95,9 @@ def test_hidden_gpus_are_told() -> None:
 )
 def test_a_gpu_with_mig_on_stands_for_its_slices(mask: str | None, expected: list[str]) -> None:
     assert ids(sliced(), mask) == expected
+    hidden = sliced()
+    hidden.gpus[0].hidden = True
+    assert ids(hidden, mask) == expected, "the GPU itself does not tell who may only use its slices"
     first = discover(HOST, (), {}, sliced()).devices[0]
     assert (first.kind, first.parent, first.total) == ("mig", "GPU-aaaa-1", 20 * GIB)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import torch
 
 from tests import toy_voice
 from tests.waiting import until
-from workers.voice.gpu_proof import report, scaling
+from workers.voice.gpu_proof import mps, report, scaling
+from workers.voice.gpu_proof.__main__ import SECTIONS
 from workers.voice.gpu_proof.crew import WorkerProcess, crew
 from workers.voice.gpu_proof.job import Job, ProofError, Row
 from workers.voice.gpu_proof.section import Outcome, carry_out
@@ -172,7 +174,8 @@ def test_what_begins_too_late_does_not_begin(tmp_path: Path) -> None:
 
 def test_who_ends_the_proof_ends_all_of_it(tmp_path: Path, voice: Path) -> None:
     command = [sys.executable, "-m", "workers.voice.gpu_proof", "--out", str(tmp_path)]
-    command += ["--weights", str(voice), "--device", "cpu", "--quick", "--only", "workers"]
+    command += ["--weights", str(voice), "--device", "cpu", "--quick"]
+    command += ["--only", "bandwidth", "workers"]
     log = tmp_path / "logs" / "voice-worker-1.log"
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL) as process:
         try:
@@ -182,6 +185,18 @@ def test_who_ends_the_proof_ends_all_of_it(tmp_path: Path, voice: Path) -> None:
         finally:
             process.kill()
     assert not processes_of(tmp_path)
+    assert [section["name"] for section in results(tmp_path)["sections"]] == ["bandwidth"]
+    assert "bandwidth" in (tmp_path / "table.txt").read_text()
+
+
+def test_a_section_ends_when_the_proof_is_killed(tmp_path: Path, voice: Path) -> None:
+    command = [sys.executable, "-m", "workers.voice.gpu_proof", "--out", str(tmp_path)]
+    command += ["--weights", str(voice), "--device", "cpu", "--quick", "--only", "workers"]
+    log = tmp_path / "logs" / "voice-worker-1.log"
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL) as process:
+        until(log.exists, "a worker")
+        process.kill()
+    until(lambda: not processes_of(tmp_path), "nothing of it is left")
 
 
 def test_a_worker_that_dies_is_told_with_its_last_words(tmp_path: Path, voice: Path) -> None:
@@ -231,6 +246,7 @@ def test_a_share_needs_both_of_its_parts() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.timeout(600)
 def test_on_a_gpu(tmp_path: Path) -> None:
-    done = proof("--out", tmp_path, "--quick")
+    shown = [section.name for section in SECTIONS if not section.mps or shutil.which(mps.CONTROL)]
+    done = proof("--out", tmp_path, "--quick", "--seconds", 360, "--only", *shown)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(row["held"] for row in results(tmp_path)["tables"]["fidelity"] if "held" in row)

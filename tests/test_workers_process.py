@@ -38,6 +38,15 @@ def test_what_cannot_load_ends_with_3_and_one_line(tmp_path: Path, target: str, 
         worker.__exit__()
 
 
+def test_without_memory_it_ends_as_a_crash_that_is_tried_again(tmp_path: Path) -> None:
+    worker = WorkerProcess(tmp_path, f"{FAULTY}:OutOfMemory")
+    try:
+        assert worker.wait() == 1
+        assert "Tried to allocate 2.00 GiB" in worker.log
+    finally:
+        worker.__exit__()
+
+
 def test_a_wrong_spec_ends_with_3(tmp_path: Path) -> None:
     worker = WorkerProcess(tmp_path, "tests.models.plain:Echo", spec={"lime": 3})
     try:

@@ -7,7 +7,15 @@ from typing import Any
 
 
 class LoadError(Exception):
-    """The worker cannot serve: one line that says what, why and what to do. Exit code 3."""
+    """The worker cannot serve: one line that says what, why and what to do.
+
+    Exit code 3, after which nobody tries again; 1 where ``exhausted``: memory ran out, and there
+    may be more of it later.
+    """
+
+    def __init__(self, message: str, exhausted: bool = False) -> None:
+        super().__init__(message)
+        self.exhausted = exhausted
 
 
 class ApiError(Exception):

@@ -37,6 +37,11 @@ def reduced(error: BaseException) -> Exception:
     return ModelFailed(type(error).__name__, trace, is_sticky(error))
 
 
+def is_exhausted(error: BaseException) -> bool:
+    """Whether memory ran out, of the host or of the device."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+
+
 def is_sticky(error: BaseException) -> bool:
     """Whether the device is lost to this process. Running out of memory is not."""
     seen: set[int] = set()
@@ -46,7 +51,7 @@ def is_sticky(error: BaseException) -> bool:
         text = str(cause)
         # torch raises AcceleratorError only for errors that the device itself reported
         reported = type(cause).__name__ == "AcceleratorError" or _STICKY.search(text)
-        if reported and "out of memory" not in text.lower():
+        if reported and not is_exhausted(cause):
             return True
         cause = cause.__cause__ or cause.__context__
     return False

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from workers.errors import LoadError
+from workers.failures import is_exhausted
 from workers.spec import Spec
 
 T = TypeVar("T")
@@ -68,7 +69,8 @@ def attempt(what: str, step: Callable[[], T]) -> T:
     except BaseException as error:
         message = " ".join(str(error).split()) or "no message"
         raise LoadError(
-            f"{what} failed: {type(error).__name__}: {message[:600]}{_place(error)}"
+            f"{what} failed: {type(error).__name__}: {message[:600]}{_place(error)}",
+            exhausted=is_exhausted(error),
         ) from error
 
 

@@ -169,7 +169,9 @@ class Up:
         """
         held: Counter[str] = Counter()
         for worker in retried(Client(running).workers)["workers"]:
-            held[worker["device"]] += worker["memory_bytes"] or 0
+            # Where the driver does not tell whose memory it is, a worker has what was measured.
+            expected = running.plan.footprint.steady if worker["pid"] else 0
+            held[worker["device"]] += worker["memory_bytes"] or expected
         plan = make_plan(self.settings, self.state, self.say, held)
         block = self.state.ports()
         if self.settings.workers.max >= len(block):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import psutil
 
@@ -143,21 +143,21 @@ def listener_of(port: int) -> str:
 
 
 def device_memory(farm: Farm, pids: dict[str, int]) -> dict[str, int]:
-    """Bytes held by each slot's worker: on its GPU as the driver tells, else in RAM."""
+    """Bytes held by each slot's worker: on its GPU as far as the driver tells, else in RAM."""
     held = {}
     driver = Driver.open() if any(plan.device.is_gpu for plan in farm.plan.devices) else None
-    for slot in farm.plan.slots:
-        if not (pid := pids.get(slot.id)):
-            continue
-        device = farm.plan.device_of(slot)
-        if driver is None or not device.is_gpu:
-            held[slot.id] = tree_pss(pid)
-            continue
-        family = {pid}
-        with suppress(psutil.Error):
-            family |= {child.pid for child in psutil.Process(pid).children(recursive=True)}
-        tenants = driver.tenants(device.id)
-        held[slot.id] = sum(t.bytes or 0 for t in tenants if t.pid in family)
-    if driver is not None:
-        driver.close()
+    with driver or nullcontext():
+        for slot in farm.plan.slots:
+            if not (pid := pids.get(slot.id)):
+                continue
+            device = farm.plan.device_of(slot)
+            if driver is None or not device.is_gpu:
+                held[slot.id] = tree_pss(pid)
+                continue
+            family = {pid}
+            with suppress(psutil.Error):
+                family |= {child.pid for child in psutil.Process(pid).children(recursive=True)}
+            # In a container the driver tells the host's numbers of processes: then nobody knows.
+            if own := [t.bytes for t in driver.tenants(device.id) if t.pid in family and t.bytes]:
+                held[slot.id] = sum(own)
     return held

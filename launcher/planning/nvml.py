@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
@@ -20,6 +20,7 @@ class Nvml(Protocol):
     """The part of the module ``pynvml`` that is used here; tests hand in a fake."""
 
     NVMLError: type[Exception]
+    NVMLLibraryMismatchError: type[Exception]
 
     # ruff: noqa: N802 - their names
     def nvmlInit(self) -> Any: ...
@@ -109,30 +110,31 @@ class Driver:
         nvml = self._nvml
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            whole = self._device(handle, index, "gpu")
+            # Asked first: who may use a slice may not ask the GPU that it is cut from for more.
+            if self._mig_is_on(handle):
+                return self._mig(handle, index)
+            return [self._device(handle, index, "gpu")]
         except nvml.NVMLError as error:
             name = f"GPU {index}"
             return [Device(f"gpu{index}", name, "gpu", 0, 0, index, problem=str(error))]
-        if not self._mig_is_on(handle):
-            return [whole]
-        slices = [
-            replace(self._device(one, index, "mig"), parent=whole.id)
-            for one in self._slices(handle)
-        ]
+
+    def _mig(self, handle: Any, index: int) -> list[Device]:
+        nvml = self._nvml
+        parent, slices = _text(nvml.nvmlDeviceGetUUID(handle)), []
+        for place in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+            with suppress(nvml.NVMLError):  # a place without a slice, or somebody else's
+                one = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place)
+                slices.append(replace(self._device(one, index, "mig"), parent=parent))
         if slices:
             return slices
-        return [Device(whole.id, whole.name, "gpu", 0, 0, index, problem="MIG is on, no slice")]
+        name = _text(nvml.nvmlDeviceGetName(handle))
+        return [Device(parent, name, "gpu", 0, 0, index, problem="MIG is on, no slice")]
 
     def _mig_is_on(self, handle: Any) -> bool:
         try:
             return bool(self._nvml.nvmlDeviceGetMigMode(handle)[0])
         except self._nvml.NVMLError:
             return False
-
-    def _slices(self, handle: Any) -> Iterator[Any]:
-        for index in range(self._nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
-            with suppress(self._nvml.NVMLError):  # a place without a slice
-                yield self._nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index)
 
     def _device(self, handle: Any, index: int, kind: str) -> Device:
         nvml = self._nvml
@@ -160,7 +162,8 @@ class Driver:
             nvml.nvmlDeviceGetComputeRunningProcesses,
             nvml.nvmlDeviceGetGraphicsRunningProcesses,
         ):
-            with suppress(nvml.NVMLError):
+            # The binding's error for a driver too old for its call is no NVMLError.
+            with suppress(nvml.NVMLError, nvml.NVMLLibraryMismatchError):
                 for process in ask(handle):
                     pid = int(process.pid)
                     found[pid] = Tenant(pid, _process_name(pid), process.usedGpuMemory)

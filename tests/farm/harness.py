@@ -52,6 +52,8 @@ class FarmUnderTest:
             "XDG_STATE_HOME": home,
             "HOME": home,
             "XDG_RUNTIME_DIR": "",
+            # The models of these tests run on a CPU, whatever else the machine has.
+            "CUDA_VISIBLE_DEVICES": "",
             **self.more_environment,
         }
 

@@ -7,7 +7,9 @@ A graph and its buffers serve one request at a time, on the thread that captured
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -64,12 +66,13 @@ class GraphEngine:
         if self.device.type != "cuda":
             return
         pool = torch.cuda.graph_pool_handle()
-        # The longest first: the shorter ones then fit into the memory it has reserved.
-        for size in reversed(self.buckets):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self.step(size)
-            self._graphs[size] = graph
+        with _no_collection():
+            # The longest first: the shorter ones then fit into the memory it has reserved.
+            for size in reversed(self.buckets):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    self.step(size)
+                self._graphs[size] = graph
         torch.cuda.synchronize(self.device)
 
     def run(self, position: int) -> None:
@@ -80,3 +83,16 @@ class GraphEngine:
             self.step(size)
         else:
             graph.replay()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """An older engine's graphs, destroyed by the collector amid a capture, would make it fail."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

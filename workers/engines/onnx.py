@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,6 +148,7 @@ class OnnxEngine:
         if provider not in onnxruntime.get_available_providers():
             self.refusals.append(f"{name}: this build of onnxruntime has no {provider}")
             return None
+        _load_libraries(name)
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = self.options.threads
         settings.inter_op_num_threads = 1
@@ -171,6 +174,18 @@ class OnnxEngine:
             self.refusals.append(f"{name}: it took none of the nodes ({self.assignment})")
             return None
         return session
+
+
+def _load_libraries(name: str) -> None:
+    """A provider's libraries as pip installs them lie where no loader looks; once loaded by their
+    own packages, they are found. Where they lie elsewhere, that is well too."""
+    if name == "cpu":
+        return
+    if "torch" not in sys.modules:  # it brings the same ones, and has loaded them
+        onnxruntime.preload_dlls()
+    if name == "tensorrt":
+        with contextlib.suppress(ImportError, OSError):
+            importlib.import_module("tensorrt")
 
 
 def _remedy(options: Options) -> str:

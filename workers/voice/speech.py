@@ -181,8 +181,10 @@ class Voice:
         stop = min(CHUNKS[0], frames)
         for known in codes:
             while start < frames and len(known) >= min(stop + CONTEXT, frames):
-                with work.stage("decoder"):  # waits for the device
+                begun = time.perf_counter()
+                with work.stage("decoder"):  # the frames were only asked for; this waits for them
                     part = known.cpu().numpy()
+                self.decoding_seconds += time.perf_counter() - begun
                 with work.stage("codec"):
                     chunk = self._chunk(part, noise, start, stop)
                 yield chunk

@@ -125,7 +125,11 @@ def first_card() -> Card:
 
 def _slice(nvml: Any, handle: Any) -> Any:
     """The first slice where the GPU is divided into such (MIG), else the GPU."""
+    places = 0
     with suppress(nvml.NVMLError):
         if nvml.nvmlDeviceGetMigMode(handle)[0]:
-            return nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, 0)
+            places = nvml.nvmlDeviceGetMaxMigDeviceCount(handle)
+    for place in range(places):
+        with suppress(nvml.NVMLError):  # a place without a slice
+            return nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place)
     return handle

@@ -59,7 +59,7 @@ def speeds(tables: dict[str, list[Row]]) -> list[Row]:
 
 
 def write(folder: Path, environment: dict[str, Any], outcomes: list[Outcome]) -> None:
-    """``results.json``, and a CSV file for each table."""
+    """``results.json``, ``table.txt``, and a CSV file for each table."""
     tables = by_table(outcomes)
     sections = [
         {
@@ -85,6 +85,7 @@ def write(folder: Path, environment: dict[str, Any], outcomes: list[Outcome]) ->
             writer = csv.DictWriter(out, columns)
             writer.writeheader()
             writer.writerows(rows)
+    (folder / "table.txt").write_text(text(environment, outcomes))
 
 
 def text(environment: dict[str, Any], outcomes: list[Outcome]) -> str:

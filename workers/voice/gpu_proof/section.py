@@ -7,6 +7,7 @@ section that ends early leaves what it had.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -30,6 +31,7 @@ KINDS: dict[str, Callable[[Job], Rows]] = {
     "footprint": footprint.run,
     "workers": scaling.run,
 }
+PR_SET_PDEATHSIG = 1
 LEAVES_WITHIN = 15.0
 """Seconds that a section has, once its deadline has passed, to end its workers."""
 
@@ -101,8 +103,14 @@ def leave(_number: int, _frame: FrameType | None) -> None:
     raise SystemExit(1)
 
 
+def end_with_parent() -> None:
+    """SIGTERM when the parent has gone: a killed one cannot end its section, which holds a GPU."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def main() -> None:
     signal.signal(signal.SIGTERM, leave)
+    end_with_parent()
     kind, job, path = sys.argv[1], Job.from_json(sys.argv[2]), Path(sys.argv[3])
     with path.open("w") as out:
         try:
