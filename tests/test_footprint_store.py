@@ -155,13 +155,16 @@ def test_a_stated_footprint_needs_no_store(folder: Path) -> None:
     assert known == Footprint.given(7 * GIB)
 
 
-def test_of_cards_that_differ_the_larger_footprint_is_taken(folder: Path) -> None:
+def test_of_cards_that_differ_each_is_measured_and_the_larger_footprint_taken(folder: Path) -> None:
     settings, state = settings_of(folder), StateDir(folder / "state").create()
     other = replace(CARD, id="GPU-2", name="another card")
     store, larger = FootprintStore(state), replace(FOUND, steady=FOUND.steady + 1)
     assert known_footprint(settings, [CARD, other], state) is None
     store.put(key_of(settings, other), larger)
-    assert known_footprint(settings, [CARD, other], state) == larger
+    assert known_footprint(settings, [other], state) == larger
+    assert known_footprint(settings, [CARD, other], state) is None, "one has yet to be measured"
+    full = replace(CARD, free=0)
+    assert known_footprint(settings, [full, other], state) == larger, "it cannot be measured now"
     store.put(key_of(settings, CARD), FOUND)
     assert known_footprint(settings, [CARD, other], state) == larger
-    assert known_footprint(settings, [CARD], state) == FOUND
+    assert known_footprint(settings, [full], state) == FOUND

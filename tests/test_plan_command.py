@@ -133,6 +133,10 @@ def test_measuring_once_is_enough(settings: Settings, capsys: pytest.CaptureFixt
     assert "(measured" in capsys.readouterr().out
     told = json_of(capsys, 0, settings=settings, devices=["24GiB"])
     assert told["footprint"]["how"] == "measured"
+    assert plan_command.run(settings, measure=True) == 0
+    assert "starting one worker alone" in capsys.readouterr().err, "as was asked"
+    with pytest.raises(ConfigError, match="give one of them"):
+        plan_command.run(settings, footprint="1GiB", measure=True)
 
 
 def test_a_failed_measurement_is_one_line(

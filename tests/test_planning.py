@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -17,7 +18,7 @@ from launcher.planning.plan import (
     Plan,
     default_headroom,
     fitting,
-    place_to_measure,
+    places_to_measure,
     plan,
 )
 
@@ -195,20 +196,23 @@ def test_no_device_at_all_is_refused() -> None:
     assert "no device" in plan([], footprint(1), NO_HOST, Limits()).refusal
 
 
-def test_measured_is_where_the_most_room_is() -> None:
+def test_measured_is_where_the_most_room_of_each_kind_is() -> None:
     broken = Device("GPU-9", "card 9", "gpu", 80 * GIB, 80 * GIB, problem="it is lost")
-    cards = [broken, *gpus(5, 20, 9, total=24)]
-    assert place_to_measure(cards, Limits()).id == "GPU-1"
+    alike = [replace(card, name="card") for card in gpus(5, 20, 9, total=24)]
+    other = Device("GPU-8", "another", "gpu", 48 * GIB, 8 * GIB)
+    full = Device("GPU-7", "a third", "gpu", 48 * GIB, 1 * GIB)
+    places = places_to_measure([broken, other, *alike, full], Limits())
+    assert [place.id for place in places] == ["GPU-8", "GPU-1"]
     with pytest.raises(DoesNotFit, match=r"card 9: it is lost.*budget\.devices"):
-        place_to_measure([broken], Limits())
+        places_to_measure([broken], Limits())
 
 
 def test_without_room_nothing_is_measured() -> None:
     with pytest.raises(DoesNotFit, match=r"0 B usable of 1 GiB free, 1\.2 GiB headroom") as told:
-        place_to_measure(gpus(1, 0.5, total=24), Limits())
+        places_to_measure(gpus(1, 0.5, total=24), Limits())
     assert "card 1" in str(told.value)
     assert "budget.headroom" in str(told.value)
-    assert place_to_measure(gpus(1, 0.5, total=24), Limits(headroom=0)).id == "GPU-0"
+    assert len(places_to_measure(gpus(1, 0.5, total=24), Limits(headroom=0))) == 2
 
 
 def test_a_device_with_a_problem_is_left_out_aloud() -> None:

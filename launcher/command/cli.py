@@ -158,7 +158,7 @@ def plan(
     cores: Annotated[int | None, typer.Option("--cores", help="Cores to plan with.")] = None,
     ram: Annotated[str | None, typer.Option("--ram", metavar="SIZE", help="Host RAM.")] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Start one worker alone and measure it.")
+        bool, typer.Option("--measure", help="Measure one worker alone, also if it was before.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from launcher.command import report
 from launcher.configuration.config import Settings
-from launcher.configuration.sizes import parse_size
+from launcher.configuration.sizes import format_size, parse_size
 from launcher.configuration.sources import ConfigError
 from launcher.configuration.state import StateDir
 from launcher.planning import sizing
@@ -42,8 +42,9 @@ def run(
     """Print the plan; the exit code: 0, 1 (footprint unknown, measuring failed), 3 (does not fit).
 
     ``devices`` are sizes of devices that need not exist: then this host is ignored, except for
-    what ``cores`` and ``ram`` say. ``running``: the plan of a farm that runs, which is told as it
-    is, since its own workers hold the memory. Raises ConfigError.
+    what ``cores`` and ``ram`` say, and for a footprint that was measured on it. ``running``: the
+    plan of a farm that runs, which is told as it is, since its own workers hold the memory.
+    Raises ConfigError.
     """
     if running is not None and not (devices or footprint or measure):
         return _tell(
@@ -51,22 +52,24 @@ def run(
         )
     if cores is not None and cores < 1:
         raise ConfigError(f"--cores {cores}: must be a whole number from 1")
-    given, empty = _footprint(footprint), tuple[str, ...]()
-    if devices:
-        host = Host(cores, _size("--ram", ram), _size("--ram", ram), "given", "given")
-        places, notes = imagined(devices), empty
-        known = given or _known_here(settings)
-    else:
-        host = overridden(sizing.read_host(settings), cores or 0, _size("--ram", ram))
-        found = discover(host, settings.budget.devices)
-        places, notes = found.devices, found.notes
-        known = given or sizing.known_footprint(settings, places, StateDir(settings.state_dir))
-    if known is None and measure and not devices:
+    known = _footprint(footprint)
+    if known and measure:
+        raise ConfigError("--footprint states what --measure would measure; give one of them")
+    places, notes = imagined(devices), tuple[str, ...]()
+    host = Host(cores, _size("--ram", ram), _size("--ram", ram), "given", "given")
+    if not (devices and known):
+        found_host = overridden(sizing.read_host(settings), cores or 0, _size("--ram", ram))
+        here = discover(found_host, settings.budget.devices)
+        if not devices:
+            host, places, notes = found_host, here.devices, here.notes
         try:
-            known = _measured(settings, places)
+            known = known or _footprint_of(settings, here.devices, measure)
         except MeasureError as error:
             print(f"gpufarm: {error}", file=sys.stderr)
             return FAILED
+        if measure and settings.footprint.bytes:
+            stated = format_size(settings.footprint.bytes)
+            notes += (f"footprint.bytes = {stated}, and that is what `up` takes.",)
     if known is None:
         return _tell_unknown(places, notes, as_json)
     return _tell(sizing.build_plan(settings, places, host, known), as_json, notes)
@@ -89,13 +92,10 @@ def _size(option: str, text: str | None) -> int | None:
     return size
 
 
-def _known_here(settings: Settings) -> Footprint | None:
-    """For devices that are not there: what was stated, or else measured on this host's own."""
-    here = discover(sizing.read_host(settings), settings.budget.devices).devices
-    return sizing.known_footprint(settings, here, StateDir(settings.state_dir))
-
-
-def _measured(settings: Settings, places: Sequence[Device]) -> Footprint:
+def _footprint_of(settings: Settings, devices: Sequence[Device], measure: bool) -> Footprint | None:
+    """On devices of this host: measured now, or known already."""
+    if not measure:
+        return sizing.known_footprint(settings, devices, StateDir(settings.state_dir))
     # What starts processes; a plan that measures nothing does without it.
     from launcher.processes.lone_worker import lone_start  # noqa: PLC0415
 
@@ -103,10 +103,11 @@ def _measured(settings: Settings, places: Sequence[Device]) -> Footprint:
     with state.lock():
         return sizing.measure_footprint(
             settings,
-            places,
+            devices,
             state,
             lone_start(settings, state),
             progress=lambda line: print(line, file=sys.stderr),
+            again=True,
         )
 
 

@@ -184,18 +184,21 @@ def fitting(budget: int, footprint: Footprint) -> int:
     return 1 + (after_first - (footprint.peak - footprint.steady)) // footprint.steady
 
 
-def place_to_measure(devices: Sequence[Device], limits: Limits) -> Device:
-    """The usable device with the most room. Raises DoesNotFit where none has any."""
+def places_to_measure(devices: Sequence[Device], limits: Limits) -> tuple[Device, ...]:
+    """Of each kind of device that has room the one with the most. Raises DoesNotFit for none."""
     usable = [device for device in devices if not device.problem]
     if not usable:
         problems = "; ".join(f"{d.name}: {d.problem}" for d in devices) or "none found"
         raise DoesNotFit(f"no device to run on ({problems}); name one with budget.devices")
     rooms = {d.id: _budget(d, _headroom(d, limits), limits) for d in usable}
-    best = max(usable, key=lambda device: rooms[device.id])
-    if rooms[best.id] <= 0:
+    best: dict[tuple[str, int], Device] = {}
+    for device in sorted(usable, key=lambda d: rooms[d.id]):
+        if rooms[device.id] > 0:
+            best[device.name, device.total] = device
+    if not best:
         rows = ", ".join(_row(d, rooms[d.id], _headroom(d, limits)) for d in usable)
         raise DoesNotFit(f"no worker fits, not even to be measured ({rows}); {MORE_ROOM}")
-    return best
+    return tuple(sorted(best.values(), key=usable.index))
 
 
 def plan(devices: Sequence[Device], footprint: Footprint, host: Host, limits: Limits) -> Plan:

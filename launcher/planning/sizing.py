@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from launcher.configuration.config import Settings
@@ -12,7 +13,7 @@ from launcher.planning import host as hosts
 from launcher.planning.footprint import MeasureError, Probe, Progress, RunningWorker, measure
 from launcher.planning.footprint_store import FootprintStore, key_of
 from launcher.planning.inventory import Device, Footprint, Host
-from launcher.planning.plan import DoesNotFit, Limits, Plan, place_to_measure, plan
+from launcher.planning.plan import DoesNotFit, Limits, Plan, places_to_measure, plan
 
 Start = Callable[[Device], RunningWorker]
 """Starts the configured worker on a device, alone."""
@@ -37,10 +38,17 @@ def read_host(settings: Settings) -> Host:
 def known_footprint(
     settings: Settings, devices: Sequence[Device], state: StateDir
 ) -> Footprint | None:
-    """footprint.bytes, else the largest that was measured on such devices; None: measure it."""
+    """footprint.bytes, else the largest that was measured on such devices.
+
+    None where one was not measured and could be.
+    """
     if settings.footprint.bytes:
         return Footprint.given(settings.footprint.bytes)
     store = FootprintStore(state)
+    with suppress(DoesNotFit):
+        places = places_to_measure(devices, limits(settings))
+        if any(store.find(key_of(settings, place)) is None for place in places):
+            return None
     kept = [store.find(key_of(settings, device)) for device in devices if not device.problem]
     return max((found for found in kept if found), key=lambda f: f.steady, default=None)
 
@@ -51,21 +59,34 @@ def measure_footprint(
     state: StateDir,
     start: Start,
     progress: Progress = lambda message: None,
+    *,
+    again: bool = False,
 ) -> Footprint:
-    """Measure on the device with the most room and keep the result.
+    """Measure on one device of each kind, and keep what is found. Returns the largest.
 
-    Raises MeasureError; DoesNotFit where there is no room to try, or where the kernel ended the
-    worker because memory ran out.
+    ``again``: also where it is known. Raises MeasureError; DoesNotFit where there is no room to
+    try, or where the kernel ended the worker because memory ran out.
     """
+    store, found = FootprintStore(state), []
+    for place in places_to_measure(devices, limits(settings)):
+        key = key_of(settings, place)
+        footprint = None if again else store.find(key)
+        if footprint is None:
+            progress(f"measuring the footprint of one worker on {place.name}")
+            footprint = _measured(settings, place, start, progress)
+            store.put(key, footprint)
+        found.append(footprint)
+    return max(found, key=lambda f: f.steady)
+
+
+def _measured(settings: Settings, device: Device, start: Start, progress: Progress) -> Footprint:
     from launcher.planning.nvml import Driver  # noqa: PLC0415 - together with pynvml, only for a GPU
     from launcher.planning.sampling import sampler_for  # noqa: PLC0415
 
-    device = place_to_measure(devices, limits(settings))
-    progress(f"measuring the footprint of one worker on {device.name}")
     killed_before = hosts.killed_for_memory()
     driver = Driver.open() if device.is_gpu else None
     try:
-        result = measure(
+        return measure(
             lambda: start(device),
             sampler_for(device.kind, device.id, driver),
             [Probe.of(request) for request in settings.footprint.requests],
@@ -85,8 +106,6 @@ def measure_footprint(
     finally:
         if driver is not None:
             driver.close()
-    FootprintStore(state).put(key_of(settings, device), result)
-    return result
 
 
 def build_plan(
