@@ -61,6 +61,8 @@ class BalancerConfig:
     """nginx started as root would give its processes to `nobody`, who may not enter the prefix."""
     buffer_responses: bool = True
     """False for servers that stream without saying `X-Accel-Buffering: no`."""
+    keeps_connections: bool = True
+    """False for servers that may serve one connection at a time: an idle one would block them."""
     status_fallback: bool = True
     """Whether workers answer the status paths themselves while the controller is away."""
     tries: int = 0

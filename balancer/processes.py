@@ -2,7 +2,8 @@
 
 nginx overwrites the environment that it was given, and after a `kill -9` of its master the
 processes below it live on and hold the port. So the start of every master is written down, and a
-process counts as ours only when its group, the boot, its start time and its open files agree.
+process counts as ours only when its group, the boot, its start time and its open files agree. Where
+that record was lost, the title that nginx gives itself stands for it.
 """
 
 from __future__ import annotations
@@ -108,7 +109,19 @@ def _holds_files_below(pid: int, prefix: Path) -> bool:
 
 def all_members(prefix: Path) -> list[int]:
     """Every living nginx process that was ever started below this prefix."""
-    return [pid for master in read(prefix) for pid in members(master, prefix)]
+    recorded = {pid for master in read(prefix) for pid in members(master, prefix)}
+    return sorted(recorded | _titled(prefix))
+
+
+def _titled(prefix: Path) -> set[int]:
+    found = set()
+    for entry in PROC.iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(b"nginx: "):
+                found.add(int(entry.name))
+        except OSError:
+            continue
+    return {pid for pid in found if start_ticks(pid) and _holds_files_below(pid, prefix)}
 
 
 def send(pids: list[int], number: signal.Signals) -> None:

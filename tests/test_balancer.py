@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,30 @@ def test_a_foreign_stream_is_not_held_back(tmp_path: Path) -> None:
         assert waited < 1.0
     finally:
         made.stop()
+
+
+def test_a_server_of_one_connection_at_a_time_is_never_held(tmp_path: Path) -> None:
+    """As Python's own HTTPServer is: an idle connection kept to it would block all others."""
+
+    class Answer(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    made = front(tmp_path, slots=1, keeps_connections=False, processes=4)
+    made.start()
+    try:
+        with HTTPServer(("127.0.0.1", made.ports["w1"]), Answer) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            # Every one by a connection of its own, so that any of nginx's processes may get it.
+            codes = [httpx.get(f"{made.url}/x", timeout=15).status_code for _ in range(30)]
+            server.shutdown()
+    finally:
+        made.stop()
+    assert codes == [200] * 30
 
 
 def test_a_large_answer_arrives_whole(shared: Front) -> None:

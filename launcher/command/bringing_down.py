@@ -32,7 +32,10 @@ def bring_down(state: StateDir, say: Callable[[str], None]) -> None:
     with state.lock():
         farm = farms.load(state)
         if farm is None:
-            _end_unrecorded(state, none)
+            marker = (state.path / farms.FARM_FILE).exists()
+            if not (end_unrecorded(state) or marker):
+                raise none
+            remove_traces(state)
             say("ended a farm whose records were lost or unreadable")
             return
         alive = Supervisor(farm.socket).alive()
@@ -42,14 +45,11 @@ def bring_down(state: StateDir, say: Callable[[str], None]) -> None:
         say("the farm is down")
 
 
-def _end_unrecorded(state: StateDir, none: NotRunningError) -> None:
-    """End what runs although no record tells of it. Raises ``none`` where there is nothing."""
+def end_unrecorded(state: StateDir) -> int:
+    """End what runs although no record tells of it. Returns how many processes that were."""
     supervisors = orphans.supervisors_of(state.path)
-    marker = (state.path / farms.FARM_FILE).exists()
     orphans.end(supervisors, LEFTOVER_SECONDS)  # told to end, it stops the others in order
-    if not (end_leftovers(state, LEFTOVER_SECONDS) or supervisors or marker):
-        raise none
-    remove_traces(state)
+    return len(supervisors) + end_leftovers(state, LEFTOVER_SECONDS)
 
 
 def shut_down(farm: Farm) -> None:

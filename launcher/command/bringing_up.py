@@ -13,7 +13,12 @@ from typing import Any
 
 from balancer import processes as nginx_processes
 from balancer.start import why_not_free
-from launcher.command.bringing_down import end_leftovers, remove_traces, shut_down
+from launcher.command.bringing_down import (
+    end_leftovers,
+    end_unrecorded,
+    remove_traces,
+    shut_down,
+)
 from launcher.command.client import AwayError, Client
 from launcher.configuration.config import ConfigError, Settings
 from launcher.configuration.state import StateDir, read_json, write_json
@@ -74,9 +79,12 @@ class Up:
 
     def _clean(self, running: Farm | None) -> None:
         """End what a killed supervisor has left, or a farm whose records were lost."""
-        settings = running.settings if running is not None else self.settings
-        if count := end_leftovers(self.state, settings.workers.request_timeout):
-            self.say(f"ended {count} processes that an earlier farm had left behind")
+        if running is None:
+            count = end_unrecorded(self.state)
+        else:
+            count = end_leftovers(self.state, running.settings.workers.request_timeout)
+        if count:
+            self.say(f"ended what an earlier farm had left behind ({count} processes)")
 
     def _start(self) -> Farm:
         check_port(self.settings)

@@ -61,15 +61,27 @@ def test_a_farm_whose_records_are_lost_can_be_ended_and_replaced(damage: str) ->
         )
 
 
-def test_a_farm_whose_directory_was_removed_can_be_ended() -> None:
+@pytest.mark.parametrize("command", ["down", "up"])
+def test_a_farm_whose_directory_was_removed_can_be_ended(command: str) -> None:
     with new_farm(workers="count = 1") as farm:
         farm.run("up")
         pids = [process.pid for process in farm.processes()]
         runtime = Path((farm.state / "runtime").read_text().strip())
         shutil.rmtree(farm.state)
-        farm.run("down")
-        assert not runtime.exists()
+        farm.run(command)
+        assert not runtime.exists() or command == "up"
         until(lambda: not any(psutil.pid_exists(pid) for pid in pids), "nothing is left")
+
+
+def test_nginx_is_known_without_its_record() -> None:
+    with new_farm(workers="count = 1") as farm:
+        farm.run("up")
+        os.kill(farm.pid_of("launcher.processes.supervising"), signal.SIGKILL)
+        (farm.state / processes.RECORD).unlink()
+        old = processes.all_members(farm.state)
+        assert old
+        farm.run("up")
+        until(lambda: not any(psutil.pid_exists(pid) for pid in old), "the old nginx has gone")
 
 
 def test_wishes_that_make_no_sense_are_not_wished() -> None:
