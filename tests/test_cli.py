@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from launcher.command.listing import curl_line
+from launcher.configuration.config import load
+from launcher.configuration.state import StateDir
+from launcher.planning.inventory import Footprint, Host
+from launcher.planning.plan import Limits, plan
+from launcher.processes.farm import Farm
 
 HEAVY = ("torch", "onnxruntime", "starlette", "uvicorn", "rich.console", "jinja2", "psutil")
 COMMANDS = ("up", "down", "ps", "plan", "scale", "drain", "restart", "logs", "doctor")
@@ -33,6 +42,31 @@ def test_help_lists_every_command(tmp_path: Path) -> None:
     assert told.returncode == 0
     assert all(f"\n  {command}" in told.stdout for command in COMMANDS)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_its_version(tmp_path: Path) -> None:
+    told = gpufarm(tmp_path, "--version")
+    assert (told.returncode, told.stdout.strip()) == (0, metadata.version("gpufarm"))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ('footprint.requests = [{ path = "/predict", json = { text = "it\'s" } }]', "it's"),
+        ('footprint.requests = [{ path = "/get" }]', "…"),
+        ("", "…"),
+    ],
+)
+def test_a_farm_is_tried_with_a_request_that_it_knows(
+    tmp_path: Path, text: str, shown: str
+) -> None:
+    (tmp_path / "gpufarm.toml").write_text(f'{text}\nmodel.target = "a:B"\n')
+    settings = load(tmp_path / "gpufarm.toml", {}, {"HOME": str(tmp_path)})
+    planned = plan([], Footprint.given(1), Host(), Limits())
+    farm = Farm(StateDir(tmp_path), settings, planned, 0, tmp_path)
+    words = shlex.split(curl_line(farm, {"workers": [{"health": {}}]}))
+    assert words[1] == f"{farm.url}/predict"
+    assert (json.loads(words[-1])["text"] if words[-1] != "…" else "…") == shown
 
 
 @pytest.mark.parametrize("command", COMMANDS)

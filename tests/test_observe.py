@@ -240,6 +240,10 @@ def test_last_lines(tmp_path: Path) -> None:
     log.write_text("x" * 10000 + "\n" + "the end " + "y" * 1000 + "\n \n")
     assert last_line(log).startswith("the end")
     assert len(last_line(log)) == 300
+    log.write_text("2026-01-02T03:04:05.678Z ERROR w1 cannot load: there are no weights\n")
+    assert last_line(log) == "there are no weights"
+    log.write_text("2026-01-02T03:04:05.678Z INFO w1 ready url=http://127.0.0.1:1\n")
+    assert last_line(log) == "", "it says nothing about an end"
 
 
 def test_last_words_are_those_of_the_process_that_ended(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from rich.console import Console
 from launcher.command import plan_command, report
 from launcher.configuration.config import ConfigError, Settings, load
 from launcher.configuration.sizes import GIB
+from launcher.configuration.state import StateDir
 from launcher.planning.inventory import Device, Footprint, Host, Tenant
 from launcher.planning.plan import Limits, plan
+from launcher.processes.farm import Farm
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,7 +147,7 @@ def test_a_failed_measurement_is_one_line(
     (settings.folder / "hello.py").write_text("raise OSError('no weights')")
     assert plan_command.run(settings, measure=True) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("gpufarm: the worker ended with exit code 3")
+    assert last.startswith("gpufarm: the worker could not load: model.target")
     assert "no weights" in last
 
 
@@ -153,11 +155,18 @@ def test_a_running_farm_is_told_as_it_was_planned(
     settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card = Device("GPU-1", "L4", "gpu", 24 * GIB, 24 * GIB)
-    running = plan([card], Footprint.given(7 * GIB), Host(), Limits())
+    planned = plan([card], Footprint.given(7 * GIB), Host(), Limits())
+    running = Farm(StateDir(settings.state_dir), settings, planned, 0, settings.state_dir)
     assert plan_command.run(settings, running=running) == 0
     out = capsys.readouterr().out
     assert "running farm" in out
     assert "L4" in out
+    assert "has changed" not in out
+    (settings.folder / "gpufarm.toml").write_text("workers.threads = 2\n")
+    given = {"state_dir": str(settings.state_dir), "model.target": "hello:Hello"}
+    changed = load(settings.folder / "gpufarm.toml", given, {"HOME": str(settings.folder)})
+    assert plan_command.run(changed, running=running) == 0
+    assert "has changed since; `gpufarm up` takes it" in capsys.readouterr().out
 
 
 def told(result: Any) -> str:

@@ -137,7 +137,7 @@ def test_probes_and_health(echo: WorkerProcess) -> None:
     assert (report["device"], report["dtype"], report["engine"]) == ("cpu", "float32", "echo")
     assert report["provider"] is None
     assert (report["running"], report["waiting"], report["line"]) == (0, 0, 8)
-    assert report["memory_bytes"] > 10_000_000
+    assert report["resident_bytes"] > 10_000_000
     assert report["uptime_seconds"] > 0
     assert len(report["threads"]) == 1
     assert report["threads"][0].startswith("device")
@@ -164,7 +164,7 @@ def test_metrics(echo: WorkerProcess) -> None:
         "gpufarm_time_to_first_byte_seconds_sum",
         "gpufarm_requests_in_progress",
         "gpufarm_queue_depth",
-        "gpufarm_worker_memory_bytes",
+        "gpufarm_worker_resident_bytes",
         "gpufarm_worker_startup_seconds",
     ):
         assert f'{name}{{model="test"' in text or f"{name}{{" in text

@@ -117,6 +117,8 @@ def _nearest(module: Any, name: str) -> str:
 
 def _place(error: BaseException) -> str:
     """`` (file.py:12)``: where the user's own code stood, as far as one can tell."""
+    if isinstance(error, SyntaxError):  # it names its place itself
+        return ""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

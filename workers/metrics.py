@@ -38,7 +38,7 @@ class Metrics:
         running.labels(**self._labels).set_function(lambda: line.running)
         waiting = self._gauge("queue_depth", "Requests that wait for the device.")
         waiting.labels(**self._labels).set_function(lambda: line.waiting)
-        memory = self._gauge("worker_memory_bytes", "Resident memory of the process.")
+        memory = self._gauge("worker_resident_bytes", "Resident memory of the process.")
         memory.labels(**self._labels).set_function(resident_bytes)
 
     def started(self, phase: str, seconds: float) -> None:

@@ -71,6 +71,7 @@ async def _form(exchange: Exchange, body: bytes) -> Any:
     except (AssertionError, ImportError):
         raise ApiError(
             415,
-            "Forms need the package python-multipart where the worker runs; install it.",
+            "Forms need the package python-multipart where the worker runs: install it, or send "
+            "JSON with Content-Type: application/json.",
             code="form_unsupported",
         ) from None

@@ -60,7 +60,7 @@ class Status:
             "served": line.served,
             "service_seconds": None if mean is None else round(mean, 6),
             "uptime_seconds": round(time.time() - worker.started, 3),
-            "memory_bytes": resident_bytes(),
+            "resident_bytes": resident_bytes(),
         }
         return _json(report)
 

@@ -19,7 +19,7 @@ from launcher.command.bringing_down import (
     remove_traces,
     shut_down,
 )
-from launcher.command.client import AwayError, Client
+from launcher.command.client import AwayError, Client, serves
 from launcher.configuration.config import ConfigError, Settings
 from launcher.configuration.state import StateDir, read_json, write_json
 from launcher.planning import sizing
@@ -77,6 +77,11 @@ class Up:
                 remove_traces(self.state)
             raise
 
+    def _tell_what(self) -> None:
+        file, model = self.settings.config_file, self.settings.model
+        told = f"as {file} says" if file else "there is no gpufarm.toml here"
+        self.say(f"serving {model.name} ({model.target or 'model.command'}), {told}")
+
     def _clean(self, running: Farm | None) -> None:
         """End what a killed supervisor has left, or a farm whose records were lost."""
         if running is None:
@@ -88,6 +93,7 @@ class Up:
 
     def _start(self) -> Farm:
         check_port(self.settings)
+        self._tell_what()
         plan = make_plan(self.settings, self.state, self.say)
         block = ports.choose(self.state.path, self.settings.workers.max + 1, self.state.ports())
         self.state.record_ports(block)
@@ -143,10 +149,16 @@ class Up:
     def _refresh(self, running: Farm) -> Farm:
         """Bring a running farm to the configuration, without a gap where that is possible."""
         old, new = running.settings, self.settings
+        if old.config_file and not new.config_file and old.model != new.model:
+            raise ConfigError(
+                f"the farm that runs was started from {old.config_file}, and there is no such file "
+                f"here: name it with --config, or end that farm with `gpufarm down` first"
+            )
         if (old.host, old.port) != (new.host, new.port):
             check_port(new)
+        self._tell_what()
         plan, admin_port = running.plan, running.admin_port
-        if planned_from(old) != planned_from(new):
+        if old.planned_from != new.planned_from:
             plan, admin_port = self._replan(running)
         farm = replace(running, settings=new, plan=plan, admin_port=admin_port)
         changes = farms.render(farm)
@@ -186,6 +198,17 @@ class Up:
             block = ports.choose(self.state.path, self.settings.workers.max + 1)
             self.state.record_ports(block)
         return plan.with_ports(block[1:]), block[0]
+
+    def wait_or_end(self, farm: Farm) -> dict[str, Any]:
+        """``wait``; a farm in which nothing serves then is ended, so that nothing is left of it."""
+        try:
+            return self.wait(farm)
+        except UpError as error:
+            if serves(farm):
+                raise
+            shut_down(farm)
+            remove_traces(farm.state)
+            raise UpError(f"{error}; nothing was left running") from None
 
     def wait(self, farm: Farm) -> dict[str, Any]:
         """Wait until every worker is ready, telling what happens. Returns `GET /workers`.
@@ -233,16 +256,20 @@ class Teller:
                 self.say(f"{id_} is ready after {worker['ready_seconds']:.1f} s")
             elif state == "starting":
                 self.say(f"{id_} is starting on {worker['device']}")
-            elif state == "failed" or (state == "stopped" and worker["error"]):
+            elif state == "stopped" and worker["error"]:
                 self.say(f"{worker['error']}")
         self.states = {worker["id"]: worker["state"] for worker in view["workers"]}
 
 
 def judged(view: dict[str, Any]) -> dict[str, Any]:
     """A settled farm's view. Raises UpError where a worker or a restart was given up."""
-    failed = [worker["error"] for worker in view["workers"] if worker["state"] == "failed"]
+    failed: dict[str, list[str]] = {}
+    for worker in view["workers"]:
+        if worker["state"] == "failed":
+            why = worker["error"].removeprefix(worker["id"]).strip()
+            failed.setdefault(why, []).append(worker["id"])
     if failed:
-        raise UpError("; ".join(failed))
+        raise UpError("; ".join(f"{', '.join(ids)} {why}" for why, ids in failed.items()))
     if view["restart"]["error"]:
         raise UpError(view["restart"]["error"])
     return view
@@ -267,13 +294,6 @@ def check_port(settings: Settings) -> None:
     elif problem.errno != errno.EADDRINUSE:
         told = f"{problem.strerror}:"
     raise ConfigError(f"{key}: {told} {where}; {remedy}")
-
-
-def planned_from(settings: Settings) -> Any:
-    """The part of a configuration that a plan is made from."""
-    workers = settings.workers
-    counted = (workers.count, workers.max, workers.threads)
-    return (settings.model, settings.footprint, settings.budget, counted, settings.import_path)
 
 
 def make_plan(

@@ -26,7 +26,6 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="gpufarm",
-    help="A farm of batch-1 model workers on the GPUs you have: sized, supervised, balanced.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -70,6 +69,24 @@ def running(config: Path | None, state_dir: Path | None) -> tuple[Farm, Client]:
     return farm, Client(farm)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib import metadata
+
+        print(metadata.version("gpufarm"))
+        raise typer.Exit
+
+
+@app.callback()
+def gpufarm(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    """A farm of batch-1 model workers on the GPUs you have: sized, supervised, balanced."""
+
+
 @app.command()
 def up(
     config: ConfigFile = None,
@@ -101,7 +118,7 @@ def up(
         run = Up(settings, state, count, say)
         try:
             farm = run.bring_up()
-            view = run.wait(farm)
+            view = run.wait_or_end(farm)
         except KeyboardInterrupt:
             if run.farm is not None:
                 say("interrupted; the farm goes on starting: see `gpufarm ps`, or `gpufarm down`")
@@ -170,10 +187,8 @@ def plan(
     settings = settings_of(config, state_dir=state_dir, workers__count=workers)
     current = None
     if not (device or footprint or measure or workers or ram or cores is not None):
-        try:
-            current = running_farm(StateDir(settings.state_dir)).plan
-        except NotRunningError:
-            current = None
+        with suppress(NotRunningError):
+            current = running_farm(StateDir(settings.state_dir))
     raise typer.Exit(
         plan_command.run(
             settings,

@@ -87,6 +87,15 @@ class Client:
                 time.sleep(0.1)
 
 
+def serves(farm: Farm) -> bool:
+    """Whether a worker is ready, as far as the controller tells."""
+    try:
+        workers = Client(farm).workers()["workers"]
+    except AwayError:
+        return False
+    return any(worker["state"] == "ready" for worker in workers)
+
+
 def running_farm(state: StateDir) -> Farm:
     """The farm that runs in a state directory. Raises NotRunningError."""
     farm = farms.load(state) if state.path.is_dir() else None

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 
 from balancer import nginx
+from balancer import processes as nginx_processes
 from balancer.nginx import BalancerError
 from balancer.start import port_is_free
 from launcher.command.client import NotRunningError, running_farm
@@ -122,6 +123,8 @@ def _farm(settings: Settings) -> Iterator[Finding]:
     except NotRunningError:
         free = port_is_free(settings.host, settings.port)
         told = "free" if free else "taken by another program: choose another with --port"
+        if not free and nginx_processes.all_members(settings.state_dir):
+            told = "held by this farm's own nginx: `gpufarm up` or `gpufarm down` mends that"
         yield Finding(f"port {settings.port}", free, told)
         farm = None
     except (ConfigError, StateError) as error:

@@ -13,6 +13,8 @@ from launcher.configuration.config import ConfigError
 
 POLL = 0.2
 NAMES = ("supervisord", "controller", "nginx", "nginx-error")
+ON_DEMAND = ("nginx-access", "measure")
+"""Shown only where they are named: one has a line a request, one is of a worker that has ended."""
 _WORKER_LOG = re.compile(r"w\d+")
 
 
@@ -79,8 +81,8 @@ def log_files(logs: Path, chosen: Sequence[str] = ()) -> list[LogFile]:
         )
         return [LogFile(name, logs / f"{name}.log") for name in (*NAMES, *workers)]
     for name in chosen:
-        if not (name in (*NAMES, "nginx-access") or _WORKER_LOG.fullmatch(name)):
-            known = ", ".join((*NAMES, "nginx-access", "w1, w2, …"))
+        if not (name in (*NAMES, *ON_DEMAND) or _WORKER_LOG.fullmatch(name)):
+            known = ", ".join((*NAMES, *ON_DEMAND, "w1, w2, …"))
             raise ConfigError(f"{name}: there is no such process; known: {known}")
     return [LogFile(name, logs / f"{name}.log") for name in chosen]
 

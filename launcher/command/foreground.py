@@ -9,7 +9,7 @@ from types import FrameType
 
 from launcher.command.bringing_down import remove_traces, shut_down
 from launcher.command.bringing_up import Up, UpError
-from launcher.command.client import AwayError, Client
+from launcher.command.client import AwayError, serves
 from launcher.command.following import Follower
 from launcher.processes.farm import Farm
 
@@ -36,7 +36,7 @@ def stay(run: Up) -> int:
             remove_traces(run.state)
         return 0
     if run.child is None:
-        raise UpError("the farm already runs in the background; end it with `gpufarm down` first")
+        raise UpError("the farm already runs; end it with `gpufarm down` first")
     return _Stay(run, farm).until_told()
 
 
@@ -79,21 +79,16 @@ class _Stay:
         """Say when the farm is ready; end it when it never will be."""
         try:
             view = self._run.wait(self._farm)
-            _print(f"gpufarm | {len(view['workers'])} workers are ready at {self._farm.url}")
+            ready = sum(worker["state"] == "ready" for worker in view["workers"])
+            told = "1 worker is" if ready == 1 else f"{ready} workers are"
+            _print(f"gpufarm | {told} ready at {self._farm.url}")
         except (UpError, AwayError) as error:
             if self._stop.is_set():
                 return
             _print(f"gpufarm | {error}")
-            if not self._serves():
+            if not serves(self._farm):
                 self._hopeless = True
                 self._stop.set()
-
-    def _serves(self) -> bool:
-        try:
-            workers = Client(self._farm).workers()["workers"]
-        except AwayError:
-            return False
-        return any(worker["state"] == "ready" for worker in workers)
 
 
 def _on_signal(handler: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launcher.configuration.config import Settings
 from launcher.configuration.sizes import format_size
 from launcher.processes.farm import Farm
 
+LONGEST_SHOWN = 200
+"""Characters of a request that is shown to be tried."""
 STYLES = {"ready": "green", "failed": "red", "starting": "yellow", "draining": "yellow"}
 
 
@@ -52,4 +57,15 @@ def curl_line(farm: Farm, view: Mapping[str, Any]) -> str:
             f"curl {farm.url}/v1/audio/speech -H 'Content-Type: application/json' "
             """-d '{"input": "Hello, world.", "response_format": "wav"}' -o hello.wav"""
         )
-    return f"curl {farm.url}/predict -H 'Content-Type: application/json' -d '{{}}'"
+    path, body = _known_request(farm.settings) or ("/predict", "'…'")
+    return f"curl {farm.url}{path} -H 'Content-Type: application/json' -d {body}"
+
+
+def _known_request(settings: Settings) -> tuple[str, str] | None:
+    """A JSON request that the configuration names, its body quoted for a shell."""
+    for request in settings.footprint.requests:
+        if request.body is not None:
+            body = json.dumps(request.body, ensure_ascii=False)
+            if len(body) <= LONGEST_SHOWN:
+                return request.path, shlex.quote(body)
+    return None

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from launcher.command import report
 from launcher.configuration.config import Settings
@@ -18,6 +19,9 @@ from launcher.planning.footprint import MeasureError
 from launcher.planning.host import overridden
 from launcher.planning.inventory import Device, Footprint, Host
 from launcher.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from launcher.processes.farm import Farm
 
 DONE, FAILED, DOES_NOT_FIT = 0, 1, 3
 
@@ -37,25 +41,26 @@ def run(
     ram: str | None = None,
     as_json: bool = False,
     measure: bool = False,
-    running: Plan | None = None,
+    running: Farm | None = None,
 ) -> int:
     """Print the plan; the exit code: 0, 1 (footprint unknown, measuring failed), 3 (does not fit).
 
     ``devices`` are sizes of devices that need not exist: then this host is ignored, except for
     what ``cores`` and ``ram`` say, and for a footprint that was measured on it. ``running``: the
-    plan of a farm that runs, which is told as it is, since its own workers hold the memory.
+    farm that runs, whose plan is told as it is, since its own workers hold the memory.
     Raises ConfigError.
     """
     if running is not None and not (devices or footprint or measure):
-        return _tell(
-            running, as_json, ("The plan of the running farm, as it was when it started:",)
-        )
+        notes: tuple[str, ...] = ("The plan of the running farm, as it was when it started:",)
+        if running.settings.planned_from != settings.planned_from:
+            notes = ("The configuration has changed since; `gpufarm up` takes it.", *notes)
+        return _tell(running.plan, as_json, notes)
     if cores is not None and cores < 1:
         raise ConfigError(f"--cores {cores}: must be a whole number from 1")
     known = _footprint(footprint)
     if known and measure:
         raise ConfigError("--footprint states what --measure would measure; give one of them")
-    places, notes = imagined(devices), tuple[str, ...]()
+    places, notes = imagined(devices), ()
     host = Host(cores, _size("--ram", ram), _size("--ram", ram), "given", "given")
     if not (devices and known):
         found_host = overridden(sizing.read_host(settings), cores or 0, _size("--ram", ram))

@@ -14,8 +14,8 @@ from launcher.configuration.sizes import format_size
 from launcher.planning.inventory import Device, Footprint, Host
 from launcher.planning.plan import CAP_NAMES, DevicePlan, Plan
 
-WIDTH = 120
-"""Of tables that go into a file or a pipe, where no terminal tells its width."""
+WIDTH = 1000
+"""Where no terminal tells its width, no line is broken."""
 
 
 def console(file: TextIO | None = None) -> Console:
@@ -33,13 +33,14 @@ def print_plan(plan: Plan, out: Console, notes: Sequence[str] = ()) -> None:
     if plan.devices:
         out.print(_device_table(plan))
     for row in plan.devices:
-        out.print(Text(f"{row.device.name}: {arithmetic(row, plan.footprint)}"))
+        where = f"{row.device.name} ({row.device.id})"
+        out.print(Text(f"{where}: {arithmetic(row, plan.footprint)}"))
         _print_tenants(row.device, out)
     out.print(Text(f"Footprint: {footprint_line(plan.footprint)}"))
     out.print(_cap_table(plan))
     out.print(Text(conclusion(plan), style="bold"))
     for warning in plan.warnings:
-        out.print(Text(f"Warning: {warning}", style="yellow"))
+        out.print(Text(f"warning: {warning}", style="yellow"))
 
 
 def print_devices(devices: Sequence[Device], out: Console, notes: Sequence[str] = ()) -> None:
@@ -102,15 +103,16 @@ def conclusion(plan: Plan) -> str:
 
 
 def _device_table(plan: Plan) -> Table:
-    table = Table("Device", "Id", box=None, pad_edge=False)
-    titles = ("Total", "Free now", "Headroom", "Usable", "Workers", "Left", "Next worker needs")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("Device", overflow="fold")
+    titles = ("Total", "Free now", "Headroom", "Usable", "Workers", "Left", "Next needs")
     for title in titles:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
+    several = len(plan.devices) > 1
     for row in plan.devices:
         needs = f"{_size(row.next_worker_needs)} more" if row.next_worker_needs else "nothing more"
         table.add_row(
-            Text(row.device.name),
-            Text(row.device.id),
+            Text(f"{row.device.index} {row.device.name}" if several else row.device.name),
             _size(row.device.total),
             _size(row.device.free),
             _size(row.headroom),

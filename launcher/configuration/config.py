@@ -126,7 +126,7 @@ class ModelSettings(_Section):
             if nearest := sources.nearest(name, PLACEHOLDERS):
                 raise ValueError(f"names {{{name}}}, which is unknown; did you mean {{{nearest}}}?")
         if self.command and "port" not in named:
-            raise ValueError("command names no {port}: each worker listens on a port of its own")
+            raise ValueError("has a command without {port}: each worker listens on its own port")
         return self
 
 
@@ -235,6 +235,13 @@ class Settings(_Section):
     def import_path(self) -> tuple[Path, ...]:
         """Folders from which model classes are imported, in order."""
         return (self.folder, *self.workers.path)
+
+    @property
+    def planned_from(self) -> tuple[Any, ...]:
+        """The part of it that a plan is made from."""
+        workers = self.workers
+        counted = (workers.count, workers.max, workers.threads)
+        return (self.model, self.footprint, self.budget, counted, self.import_path)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict; ``from_json`` gives an equal object back, whatever the environment."""

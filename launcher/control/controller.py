@@ -128,7 +128,7 @@ class Controller:
             ids = {*self.wanted, self.memory.roll.extra}
             seen = await asyncio.to_thread(self._observer.look, self.memory, ids)
             self.seen = {
-                id_: replace(sight, ready=await self._observer.is_ready(id_))
+                id_: await self._observer.asked(id_, sight)
                 if self._may_become_ready(id_, sight)
                 else sight
                 for id_, sight in seen.items()
@@ -251,10 +251,11 @@ class Controller:
         """Empty a slot and keep it empty."""
         self._check(id_)
         async with self._lock:
-            fewer = id_ in self.wanted
-            await self._want(
-                Desired(self.desired.count - fewer, self.desired.drained | {id_}),
-            )
+            if id_ in self.desired.drained:
+                return
+            if id_ not in self.wanted:
+                raise RefusedError(f"{id_} has no worker to drain; there is: {self._named()}")
+            await self._want(Desired(self.desired.count - 1, self.desired.drained | {id_}))
 
     async def restart(self, ids: tuple[str, ...] = ()) -> None:
         """Replace workers in turn, all of them where none is named; refill drained slots."""
@@ -288,6 +289,9 @@ class Controller:
             ]
             self._roll(tuple(old))
             await self._want(desired)
+
+    def _named(self) -> str:
+        return ", ".join(self.wanted) or "none"
 
     def _check(self, id_: str) -> None:
         ids = [place.id for place in self.places]

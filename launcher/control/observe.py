@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 
 import psutil
 
@@ -108,18 +109,20 @@ class Observer:
                 return True
         return self._last_pid.get(id_) not in tenants and free >= self.farm.plan.footprint.peak
 
-    async def is_ready(self, id_: str) -> bool:
-        """Whether the slot's worker answers its readiness path."""
+    async def asked(self, id_: str, sight: Seen) -> Seen:
+        """What is seen of a slot, and whether its worker answers its readiness path."""
         slot = next(slot for slot in self.farm.plan.slots if slot.id == id_)
         model = self.farm.settings.model
         path = model.ready_url if self.farm.foreign else "/readyz"
         try:
             status, _ = await get(slot.port, path, PROBE_SECONDS)
         except NoAnswerError:
-            return False
+            return sight
         # A server that was given no path need not have a page at "/": that it answers is enough.
         any_page = self.farm.foreign and path == "/" and status < 500
-        return status < READY_BELOW or any_page
+        ready = status < READY_BELOW or any_page
+        key = " (model.ready_url)" if self.farm.foreign else ""
+        return replace(sight, ready=ready, answered=f"{path}{key} was answered {status}")
 
     async def answers(self, id_: str) -> bool:
         """Whether the slot's worker, one of ours, says anything at all."""

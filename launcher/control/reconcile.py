@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from launcher.planning.footprint import CANNOT_LOAD
+
 State = Literal["stopped", "starting", "ready", "draining", "failed"]
 
-CANNOT_LOAD = 3
-"""A worker's exit code for: I could not load, and trying again would not help."""
 FIRST_BACKOFF = 0.1
 LONGEST_BACKOFF = 30.0
 """Seconds between a crash and the next start: doubled by every crash in a row."""
@@ -55,6 +55,8 @@ class Seen:
     """Of its last process; negative when a signal ended it."""
     ready: bool = False
     """It has answered. Ignored once it was ready: a busy server may not answer its health path."""
+    answered: str = ""
+    """With what it has answered, while it is asked whether it is ready."""
     clear: bool = True
     """Nothing is left of its last process: no child, no device memory."""
     silent: float = 0.0
@@ -177,15 +179,15 @@ def decide(
     actions: list[Action] = []
     for place in places:
         old = memory.of(place.id)
-        new = _observe(place.id, old, seen.get(place.id, Seen()), now)
+        sight = seen.get(place.id, Seen())
+        new = _observe(place.id, old, sight, now)
         if _overdue(new, now, load_timeout):
-            new = replace(
-                new, overdue=True, error=f"{place.id} was not ready within {load_timeout:g} s"
-            )
+            said = f": {sight.answered}" if sight.answered else ""
+            error = f"{place.id} was not ready within {load_timeout:g} s{said}"
+            new = replace(new, overdue=True, error=error)
             actions.append(Action("kill", place.id))
-        silent = seen.get(place.id, Seen()).silent
-        if new.state == "ready" and silent > silence and not new.overdue:
-            error = f"{place.id} did not answer for {silent:.0f} s, and was killed"
+        if new.state == "ready" and sight.silent > silence and not new.overdue:
+            error = f"{place.id} did not answer for {sight.silent:.0f} s, and was killed"
             new = replace(new, overdue=True, error=error)
             actions.append(Action("kill", place.id))
         memory = memory.with_record(place.id, new)

@@ -20,6 +20,10 @@ ROUNDS = 2
 """How often the longest requests are run once warm: allocators grow again on the second."""
 
 
+CANNOT_LOAD = 3
+"""A worker's exit code for: I could not load, and trying again would not help."""
+
+
 class MeasureError(Exception):
     """The footprint could not be measured. One line: what happened and what to do; exit code 1."""
 
@@ -152,18 +156,22 @@ def _named(item: Mapping[str, Any]) -> Probe:
 
 
 def _await_ready(worker: RunningWorker, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
+    deadline, said = time.monotonic() + timeout, ""
     while time.monotonic() < deadline:
         code = worker.exit_code()
         if code is not None:
-            said = f": {words}" if (words := worker.last_words()) else ""
+            words = worker.last_words()
+            if code == CANNOT_LOAD and words:
+                raise MeasureError(f"the worker could not load: {words}")
+            said = f": {words}" if words else ""
             raise MeasureError(f"the worker ended with exit code {code} before it was ready{said}")
         with suppress(OSError, http.client.HTTPException):
             status, _ = _exchange(worker, Probe("GET", worker.ready_path), timeout=5.0)
             if 200 <= status < 400:
                 return
+            said = f": {worker.ready_path} was answered {status}"
         time.sleep(0.1)
-    said = f"; its last line: {words}" if (words := worker.last_words()) else ""
+    said += f"; its last line: {words}" if (words := worker.last_words()) else ""
     raise MeasureError(
         f"the worker was not ready within {timeout:g} s (workers.load_timeout){said}"
     )
@@ -183,7 +191,10 @@ def _run(worker: RunningWorker, probes: Sequence[Probe], timeout: float) -> None
             raise MeasureError(f"{what} failed: {error or type(error).__name__}{ended}") from None
         if status >= 400:
             text = " ".join(body[:200].decode(errors="replace").split())
-            raise MeasureError(f"{what} was answered {status}: {text}; correct footprint.requests")
+            remedy = "correct footprint.requests"
+            if status >= 500:
+                remedy = "see `gpufarm logs measure`, and correct the model or footprint.requests"
+            raise MeasureError(f"{what} was answered {status}: {text}; {remedy}")
 
 
 def _how_it_ended(worker: RunningWorker, patience: float = 2.0) -> str:

@@ -119,6 +119,10 @@ def build_plan(
             "the footprint was measured without a request: name the longest in footprint.requests, "
             "or give the class longest_request()"
         )
+    if footprint.how == "measured" and any(device.kind == "imagined" for device in devices):
+        warnings.append(
+            f"the footprint was measured on {footprint.device}; elsewhere it may be another"
+        )
     if not footprint.exact:
         warnings.append(
             "other processes used the device while the footprint was measured: "

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
+_OURS = re.compile(
+    r"\d{4}-\d\d-\d\dT[\d:.]+Z (?P<level>[A-Z]+) \S+ (?:cannot load: )?(?P<message>.*)"
+)
+"""A line of a worker's log: time, level, worker, message."""
 LOG_TAIL = 4096
 LONGEST_WORDS = 300
 
 
 def last_line(log: Path) -> str:
-    """The last line that a process wrote; empty where there is none."""
+    """The last line that a process wrote; empty where there is none, or where all was well.
+
+    Of a line of our own workers only its message.
+    """
     try:
         with log.open("rb") as file:
             file.seek(0, os.SEEK_END)
@@ -19,7 +27,12 @@ def last_line(log: Path) -> str:
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return ""
-    return next((line.strip()[:LONGEST_WORDS] for line in reversed(lines) if line.strip()), "")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return _OURS.sub(_message, last, count=1)[:LONGEST_WORDS]
+
+
+def _message(match: re.Match[str]) -> str:
+    return "" if match["level"] == "INFO" else match["message"]
 
 
 def words_since(log: Path, started: float) -> str:

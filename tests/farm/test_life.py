@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -119,14 +120,45 @@ def test_a_worker_that_cannot_load_fails_once_and_clearly() -> None:
     with new_farm(workers="count = 3", options=("--fail", "weights are missing")) as farm:
         failed = farm.run("up", expect=1)
         assert "w1 could not load: weights are missing" in failed.stderr
-        workers = farm.workers()
-        assert workers["w1"]["state"] == "failed"
-        assert workers["w1"]["restarts"] == 0
+        assert "nothing was left running" in failed.stderr
+        assert failed.stderr.count("weights are missing") == 1
         assert (farm.state / "logs/w1.log").read_text().count("weights") == 1
-        assert httpx.post(f"{farm.url}/work").status_code == 503
+        assert farm.processes() == []
+        assert not listens(farm.port)
+        farm.run("ps", expect=4)
         farm.configure(foreign(farm.port, workers="count = 3"))
         farm.run("up")
         assert set(farm.states().values()) == {"ready"}
+
+
+def test_a_ready_url_that_is_not_there_is_told() -> None:
+    text = foreign(port := free_port(), workers="count = 1")
+    text = text.replace("load_timeout = 30", "load_timeout = 3")
+    with new_farm(re.sub(r'ready_url = "[^"]*"', 'ready_url = "/nowhere"', text)) as farm:
+        farm.port = port
+        told = farm.run("up", expect=1).stderr
+        assert "w1 was not ready within 3 s: /nowhere (model.ready_url) was answered 404" in told
+
+
+def test_a_farm_is_not_replaced_from_a_folder_without_a_configuration(tmp_path: Path) -> None:
+    with new_farm(workers="count = 1") as farm:
+        assert f"as {farm.folder / 'gpufarm.toml'} says" in farm.run("up").stderr
+        pids, home = farm.pids(), farm.folder
+        farm.folder = tmp_path
+        told = farm.run("up", "--state-dir", str(home / "state"), expect=2).stderr
+        farm.folder = home
+        assert f"was started from {home / 'gpufarm.toml'}" in told
+        assert farm.pids() == pids
+
+
+def test_a_slot_without_a_worker_cannot_be_drained() -> None:
+    with new_farm(workers="count = 1") as farm:
+        farm.run("up")
+        assert "w2 has no worker to drain; there is: w1" in farm.run("drain", "w2", expect=3).stderr
+        farm.run("drain", "w1")
+        farm.run("drain", "w1")
+        farm.run("restart", "w1")
+        assert farm.states() == {"w1": "ready"}
 
 
 def test_a_command_that_is_not_there_is_told() -> None:
@@ -294,4 +326,4 @@ def test_the_deadline_of_a_load() -> None:
     with new_farm(text.replace("load_timeout = 30", "load_timeout = 2")) as farm:
         farm.port = port
         assert "was not ready within 2 s" in farm.run("up", expect=1).stderr
-        assert farm.workers()["w1"]["pid"] is None
+        assert farm.processes() == []
