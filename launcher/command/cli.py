@@ -99,7 +99,10 @@ def up(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Start the farm, or bring the running one to the configuration; return when it is ready."""
+    """Start the farm, or bring the running one to its file.
+
+    Returns when every worker is ready.
+    """
     from launcher.command.bringing_up import Up
     from launcher.command.progress import progress
     from launcher.configuration.state import StateDir
@@ -144,7 +147,10 @@ def show(farm: Farm, view: dict[str, Any], as_json: bool, closing: bool = False)
 
 @app.command()
 def down(config: ConfigFile = None, state_dir: StateFolder = None) -> None:
-    """Stop the farm: first no new requests, then every worker once it has finished."""
+    """Stop the farm, once it has finished what it has.
+
+    First nginx stops to take requests, then every worker ends when its line is empty.
+    """
     from launcher.command.bringing_down import bring_down
     from launcher.command.progress import progress
 
@@ -225,7 +231,10 @@ def drain(
     state_dir: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let a worker finish and keep its slot empty; `restart` refills it."""
+    """Let a worker finish, and keep its slot empty.
+
+    `restart` refills it.
+    """
     farm, client = running(config, state_dir)
     client.drain(worker)
     settle(farm, as_json)
@@ -238,7 +247,10 @@ def restart(
     state_dir: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Replace workers one after another, without a gap where a slot is free."""
+    """Replace workers one after another.
+
+    Where a slot is free, one more serves meanwhile, so there is no gap.
+    """
     farm, client = running(config, state_dir)
     client.restart(worker)
     settle(farm, as_json)
@@ -289,7 +301,10 @@ def logs(
 def doctor(
     config: ConfigFile = None, state_dir: StateFolder = None, as_json: AsJson = False
 ) -> None:
-    """Check what a farm needs: tools, ports, devices, space, and a stream through the proxy."""
+    """Check what a farm needs, and say what to do.
+
+    Tools, ports, devices, space, and a stream through the proxy.
+    """
     from launcher.command.doctor import examine, print_findings
 
     findings = examine(settings_of(config, state_dir=state_dir))
