@@ -138,8 +138,11 @@ def _environment(schema: type[BaseModel], environ: Mapping[str, str]) -> Layer:
             continue  # a Kubernetes service named gpufarm again
         path, info = _resolve(schema, variable.removeprefix(PREFIX).split("__"))
         if info is None:
-            guess = nearest(variable, _variables(schema))
+            known = _variables(schema)
+            guess = nearest(variable, known)
             hint = f"did you mean {guess}?" if guess else "unset it"
+            if inner := [name for name in known if name.startswith(f"{variable}__")]:
+                hint = f"its keys are {', '.join(inner)}"
             raise ConfigError(f"{variable} = {text}: there is no such setting; {hint}")
         node = layer.values
         for parent in path[:-1]:
