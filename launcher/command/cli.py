@@ -116,7 +116,9 @@ def up(
     if foreground:
         from launcher.command.foreground import stay
 
-        raise typer.Exit(stay(Up(settings, state, count, lambda line: print(line, flush=True))))
+        raise typer.Exit(
+            stay(Up(settings, state, count, lambda line: print(f"gpufarm | {line}", flush=True)))
+        )
     with progress("bringing the farm up") as say, state.lock():
         run = Up(settings, state, count, say)
         try:

@@ -106,7 +106,7 @@ class Project:
 
         def ready() -> list[datetime]:
             lines = self.logs("-t")
-            told = [line.split()[0] for line in lines if "workers are ready at" in line]
+            told = [line.split()[0] for line in lines if " ready at http" in line]
             times = [datetime.fromisoformat(time) for time in told]
             return [time for time in times if time > started]
 
