@@ -1,16 +1,23 @@
-"""Locust's custom arguments: on its command line, and (but for files) on its page."""
+"""Arguments: Locust's custom ones (on its page, too, but for files), and how they are checked."""
 
 from __future__ import annotations
 
 import json
 import math
-from argparse import ArgumentTypeError
-from typing import Any
+from argparse import ArgumentParser, ArgumentTypeError
+from typing import Any, NoReturn
 
 from loadtest.texts import GROUPS, MIXED, OWN_FILE
 
 SPEECH, STREAM, PREDICT = "speech", "stream", "predict"
 CLOSED, OPEN = "closed", "open"
+
+
+class Parser(ArgumentParser):
+    """Of our own commands: a bad argument is one line, and --help tells the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists the arguments)\n")
 
 
 def add_to(parser: Any) -> None:
@@ -172,6 +179,16 @@ def positive(text: str) -> float:
     return value
 
 
+def count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return value
+
+
 def steps(text: str) -> list[int]:
     """Numbers of users. Raises ArgumentTypeError."""
     try:
@@ -185,6 +202,13 @@ def steps(text: str) -> list[int]:
 
 def steps_text(text: str) -> str:
     steps(text)
+    return text
+
+
+def some_steps_text(text: str) -> str:
+    """Where there have to be some."""
+    if not steps(text):
+        raise ArgumentTypeError("it is empty; numbers of users are needed, such as 1,2,4,8,16")
     return text
 
 

@@ -69,6 +69,10 @@ class _Connection(asyncio.Protocol):
             return
         self._transport.write(self._request)
 
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
     def data_received(self, data: bytes) -> None:
         self._received += data
         head, end, body = self._received.partition(b"\r\n\r\n")
@@ -112,14 +116,20 @@ async def closed_loop(url: str, body: Any, concurrency: int, seconds: float) -> 
     samples: list[Sample] = []
     loop = asyncio.get_running_loop()
     request, begun = post(url, body), time.perf_counter()
-    connections = []
-    for _ in range(concurrency):
-        _, connection = await loop.create_connection(
-            lambda: _Connection(request, begun, begun + seconds, samples.append),
-            parts.hostname or "127.0.0.1",
-            parts.port or 80,
-        )
-        connections.append(connection)
-    async with asyncio.timeout(seconds + GRACE_SECONDS):
-        await asyncio.gather(*(connection.closed for connection in connections))
+    connections: list[_Connection] = []
+    try:
+        for _ in range(concurrency):
+            _, connection = await loop.create_connection(
+                lambda: _Connection(request, begun, begun + seconds, samples.append),
+                parts.hostname or "127.0.0.1",
+                parts.port or 80,
+            )
+            connections.append(connection)
+        async with asyncio.timeout(seconds + GRACE_SECONDS):
+            await asyncio.gather(*(asyncio.shield(connection.closed) for connection in connections))
+    finally:
+        # When one has broken, the others are still at work.
+        for connection in connections:
+            connection.abort()
+        await asyncio.gather(*(one.closed for one in connections), return_exceptions=True)
     return samples

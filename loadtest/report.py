@@ -6,7 +6,6 @@ same rows under two names. Exit code 2: nothing there that can be read.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from loadtest import samples
+from loadtest.arguments import Parser
 from loadtest.samples import Sample, SamplesError
 from loadtest.summary import Figures, MismatchError, compare, refuse_copies, summarise
 from loadtest.table import render
@@ -73,7 +73,7 @@ def _stored(file: Path) -> dict[str, Any] | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m loadtest.report", description="Recompute the table of a load test."
     )
     parser.add_argument("results", nargs="+", type=Path, help="folder of a run, or a samples CSV")

@@ -23,7 +23,7 @@ _INTERVALS = ("users", "avg ms, between", "P95 ms, between", "queue\navg ms", "i
 def render(summary: Figures, farm: dict[str, Any] | None, console: Console) -> None:
     """Print one row a step and the total; below it, who answered. ``farm`` is farm.describe's."""
     console.print(_table(_RATES, summary, _rates))
-    console.print("With 95 % confidence, as far as the requests of one run are independent:")
+    console.print("With 95 % confidence, if requests of one run are independent (?: too few):")
     console.print(_table(_INTERVALS, summary, _intervals))
     _print_speech(summary["total"], console)
     answered = summary["total"]["workers"]
@@ -61,9 +61,11 @@ def _rates(figures: Figures) -> list[str]:
 def _intervals(figures: Figures) -> list[str]:
     latency = figures["latency_ms"] or {}
     margin = latency.get("average_plus_minus")
+    # The margin is the same on both sides, though a few slow answers stretch only the upper one:
+    # the lower end can come out below zero, where no latency is. It is cut there.
     ends = [] if margin is None else [latency["average"] + sign * margin for sign in (-1, 1)]
     return [
-        " – ".join(map(_number, ends)) or "–",
+        " – ".join(_number(end) if end > 0 else "0" for end in ends) or "? – ?",
         f"{_number(latency.get('p95_low'), '?')} – {_number(latency.get('p95_high'), '?')}",
         *(_number((figures[key] or {}).get("average")) for key in ("queue_ms", "inference_ms")),
     ]
@@ -80,7 +82,12 @@ def _print_speech(total: Figures, console: Console) -> None:
     """The figures that only speech has."""
     for key, name, unit, digits in (
         ("real_time_factor", "real-time factor (inference per audio second)", "", ".4f"),
-        ("caller_factor", "the same, waiting included (latency per audio second)", "", ".4f"),
+        (
+            "caller_factor",
+            "real-time factor, waiting included (latency per audio second)",
+            "",
+            ".4f",
+        ),
         ("first_audio_ms", "time to first audio", " ms", ".0f"),
     ):
         spread = total[key]

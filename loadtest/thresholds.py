@@ -1,18 +1,26 @@
-"""Judges a run by the thresholds of its command line, from Locust's statistics."""
+"""Judges a run by the thresholds of its command line: from Locust's statistics, or from figures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from loadtest.arguments import limit
 from loadtest.measures import CALLER_FACTOR, REFUSED_ROW
 
+THRESHOLDS = {
+    "max_latency_ms": "p95 of latency in ms",
+    "max_failure_share": "share of failed requests",
+    "max_refused_share": "share of refused requests",
+    "max_real_time_factor": "p95 of the real-time factor, waiting included",
+}
+"""Each option, and what it limits."""
+
 
 @dataclass(frozen=True)
 class Verdict:
-    name: str
+    option: str
     value: float | None
     """None: there was nothing to judge, which is no pass."""
     limit: float
@@ -23,7 +31,9 @@ class Verdict:
 
     def __str__(self) -> str:
         value = "nothing to judge" if self.value is None else f"{self.value:.4g}"
-        return f"{'held' if self.held else 'EXCEEDED'}: {self.name} {value}, limit {self.limit:g}"
+        told = f"{THRESHOLDS[self.option]} {value}, limit {self.limit:g}"
+        option = self.option.replace("_", "-")
+        return f"{'held' if self.held else 'EXCEEDED'}: {told} (--{option})"
 
 
 def judge(options: Any, stats: Any) -> list[Verdict]:
@@ -38,16 +48,26 @@ def judge(options: Any, stats: Any) -> list[Verdict]:
         "max_refused_share": refused / asked if asked else None,
         "max_real_time_factor": _factor(stats),
     }
-    names = {
-        "max_latency_ms": "p95 of latency in ms",
-        "max_failure_share": "share of failed requests",
-        "max_refused_share": "share of refused requests",
-        "max_real_time_factor": "p95 of the real-time factor, waiting included",
+    return _verdicts(options, values)
+
+
+def judge_figures(options: Any, total: Mapping[str, Any]) -> list[Verdict]:
+    """The same from the figures of all samples, so that it agrees with their table."""
+    asked = total["answered"] + total["failed"] + total["refused"]
+    values = {
+        "max_latency_ms": (total["latency_ms"] or {}).get("p95"),
+        "max_failure_share": total["failed"] / asked if asked else None,
+        "max_refused_share": total["refused"] / asked if asked else None,
+        "max_real_time_factor": (total["caller_factor"] or {}).get("p95"),
     }
-    limits = {key: limit(getattr(options, key)) for key in values}
+    return _verdicts(options, values)
+
+
+def _verdicts(options: Any, values: Mapping[str, float | None]) -> list[Verdict]:
+    limits = {option: limit(getattr(options, option)) for option in THRESHOLDS}
     return [
-        Verdict(names[key], values[key], bound)
-        for key, bound in limits.items()
+        Verdict(option, values[option], bound)
+        for option, bound in limits.items()
         if bound is not None
     ]
 

@@ -14,6 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from loadtest import own_farm
+
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 90.0
 """Seconds that anything may take on a busy machine before a test gives up."""
@@ -75,6 +79,35 @@ def locust(folder: Path, *words: object) -> Iterator[subprocess.Popen[str]]:
             process.wait(PATIENCE)
 
 
+def fake_gpufarm(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, runs: bool = False, starts: bool = True
+) -> None:
+    """In place of `gpufarm`: notes how it is called, and answers as a farm's command would."""
+    program = folder / "fake_gpufarm.py"
+    program.write_text(
+        f"""
+import json, os, pathlib, sys
+folder = pathlib.Path({str(folder)!r})
+with (folder / "calls").open("a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + "\\n")
+(folder / "environment").write_text("\\n".join(os.environ))
+word = sys.argv[1]
+if word == "ps" and not {runs}:
+    sys.exit(4)
+if word == "up" and not {starts}:
+    sys.exit(3)
+if word != "down":
+    print(json.dumps({{"url": "http://127.0.0.1:1234", "workers": []}}))
+"""
+    )
+    monkeypatch.setattr(own_farm, "command", lambda: [sys.executable, str(program)])
+
+
+def calls_of(folder: Path) -> list[list[str]]:
+    """The words of each call of the fake command in ``folder``."""
+    return [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
+
+
 class _Answers(BaseHTTPRequestHandler):
     """One way to answer after the other, over and over."""
 
@@ -97,6 +130,9 @@ class _Answers(BaseHTTPRequestHandler):
         elif way == "fail":
             body = {"error": {"message": "nobody is here", "code": "no_worker"}}
             self._send(503, "application/json", json.dumps(body).encode())
+        elif way == "absent":
+            body = {"error": {"message": "There is no such path here.", "code": "not_found"}}
+            self._send(404, "application/json", json.dumps(body).encode())
         elif way == "json":
             self._send(200, "application/json", b"{}")
         elif way == "cut":

@@ -1,7 +1,11 @@
 """Figures come from rows: they recompute, and what does not is refused."""
 
+# ruff: noqa: RUF001 - the dash of the tables is meant
+
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import random
 from dataclasses import replace
@@ -9,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from loadtest import report, samples
 from loadtest.samples import FAILED, OK, REFUSED, UNFINISHED, Sample, SamplesError, Writer
-from loadtest.summary import MismatchError, compare, percentile, summarise
+from loadtest.summary import MismatchError, _student, compare, percentile, summarise
+from loadtest.table import render
+from loadtest.thresholds import judge_figures
 
 START = 1_700_000_000.0
 FARM = {"url": "http://farm", "workers": [{"id": "w1", "device": "cpu", "provider": "CPU"}]}
@@ -112,6 +119,52 @@ def test_the_interval_of_the_p95_holds_it() -> None:
     assert 0.92 <= held / 200 <= 0.995
     few = summarise(ROWS[:10])["total"]["latency_ms"]
     assert few["p95_high"] is None, "ten samples cannot say how bad it gets"
+
+
+@pytest.mark.parametrize(("freedom", "t"), [(9, 2.2622), (15, 2.1314), (100, 1.9840)])
+def test_the_average_of_few_is_less_certain(freedom: int, t: float) -> None:
+    assert _student(freedom) == pytest.approx(t, abs=1e-3)
+
+
+def shown(rows: list[Sample]) -> str:
+    """The tables, as text."""
+    with io.StringIO() as file:
+        render(summarise(rows), FARM, Console(file=file, width=100))
+        return file.getvalue()
+
+
+def test_no_interval_is_below_zero_or_of_a_handful() -> None:
+    skewed = [sample(n / 10, 1 + n / 1000) for n in range(19)] + [sample(2, 9000)]
+    latency = summarise(skewed)["total"]["latency_ms"]
+    assert latency["average"] < latency["average_plus_minus"]
+    assert " 0 – 1393" in shown(skewed)
+    assert summarise(skewed[:9])["total"]["latency_ms"]["average_plus_minus"] is None
+    few = [line for line in shown(skewed[:9]).splitlines() if line.strip().startswith("1 ")]
+    assert few[1].split()[1:4] == ["?", "–", "?"]
+
+
+def test_a_stream_names_its_figures_in_full() -> None:
+    rows = [sample(n / 10, 100 + n, kind="stream", real_time_factor=None) for n in range(20)]
+    told = shown(rows)
+    assert "real-time factor, waiting included (latency per audio second): avg" in told
+    assert "real-time factor (inference" not in told
+
+
+def test_thresholds_are_judged_by_the_figures_that_are_shown() -> None:
+    names = ("latency_ms", "failure_share", "refused_share", "real_time_factor")
+    options = argparse.Namespace(**{f"max_{name}": "" for name in names})
+    figures = summarise(ROWS)["total"]
+    assert judge_figures(options, figures) == []
+    for name in names:
+        setattr(options, f"max_{name}", "0.04")
+    verdicts = judge_figures(options, figures)
+    assert [verdict.held for verdict in verdicts] == [False, True, True, False]
+    assert verdicts[0].value == figures["latency_ms"]["p95"]
+    assert str(verdicts[1]) == "held: share of failed requests 0.03226, limit 0.04 " + (
+        "(--max-failure-share)"
+    )
+    nothing = summarise([sample(0, 1, UNFINISHED)])["total"]
+    assert not any(verdict.held for verdict in judge_figures(options, nothing))
 
 
 def test_a_csv_is_read_as_it_was_written(tmp_path: Path) -> None:

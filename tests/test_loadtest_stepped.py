@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from loadtest import farm, report, samples, stepped, texts
-from tests.loadtest_harness import PATIENCE, ROOT, StandIn
+from tests.loadtest_harness import PATIENCE, ROOT, StandIn, calls_of, fake_gpufarm
 from tests.waiting import free_port
 from tests.workers_harness import WorkerProcess
 
@@ -70,23 +70,6 @@ def test_no_farm_there(tmp_path: Path) -> None:
     assert "`gpufarm up` starts one" in done.stderr
 
 
-def fake_gpufarm(folder: Path, *, runs: bool, starts: bool = True) -> list[str]:
-    """A command that notes how it is called, and answers as a farm's would."""
-    program = folder / "gpufarm.py"
-    program.write_text(
-        f"""
-import json, pathlib, sys
-word = sys.argv[1]
-with open({str(folder / "calls")!r}, "a") as calls:
-    calls.write(word + "\\n")
-if word == "ps" and not {runs} or word == "up" and not {starts}:
-    sys.exit(4)
-print(json.dumps({{"url": "http://127.0.0.1:1234", "workers": []}}))
-"""
-    )
-    return [sys.executable, str(program)]
-
-
 @pytest.mark.parametrize(
     ("runs", "words", "calls"),
     [
@@ -98,17 +81,63 @@ print(json.dumps({{"url": "http://127.0.0.1:1234", "workers": []}}))
 def test_whose_farm_it_is(
     runs: bool, words: list[str], calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = fake_gpufarm(tmp_path, runs=runs)
-    monkeypatch.setattr(stepped, "_command", lambda: command)
+    fake_gpufarm(tmp_path, monkeypatch, runs=runs)
     with stepped._farm(stepped.parser().parse_args(words), Console()) as url:
         assert url == "http://127.0.0.1:1234"
-    assert (tmp_path / "calls").read_text().split() == calls
+    assert [call[0] for call in calls_of(tmp_path)] == calls
 
 
 def test_a_farm_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = fake_gpufarm(tmp_path, runs=False, starts=False)
-    monkeypatch.setattr(stepped, "_command", lambda: command)
-    assert stepped.main([]) == 1
+    fake_gpufarm(tmp_path, monkeypatch, starts=False)
+    assert stepped.main(["--keep", "--results", str(tmp_path / "results")]) == 3
+    assert [call[0] for call in calls_of(tmp_path)] == ["ps", "up", "down"]
+    assert not (tmp_path / "results").exists()
+
+
+def test_failures_and_thresholds_are_told_one_line_each(tmp_path: Path) -> None:
+    words = ("--steps", "1", "--seconds", "2", "--warm-up", "1", "--name", "r")
+    paced = ("--loop", "open", "--arrivals", "20", "--request", "stream")
+    limits = ("--max-latency-ms", "0.0001", "--max-refused-share", "0.5")
+    with StandIn("ok", "absent", "absent", "fail") as server:
+        done = run(tmp_path, "--host", server.url, *words, *paced, *limits)
+    assert done.returncode == 1, done.stdout + done.stderr
+    failures, latency = done.stderr.splitlines()
+    rows = samples.read(tmp_path / "r" / report.SAMPLES)
+    failed = [row for row in rows if row.outcome == samples.FAILED]
+    assert failures == (
+        f"stepped: {len(failed)} of {len(rows)} requests failed, most often: 404 not_found; "
+        "for a model with predict() use --request predict"
+    )
+    total = json.loads((tmp_path / "r" / report.SUMMARY).read_text())["summary"]["total"]
+    assert latency == (
+        f"stepped: threshold EXCEEDED: p95 of latency in ms {total['latency_ms']['p95']:.4g}, "
+        "limit 0.0001 (--max-latency-ms)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--steps", ""), "argument --steps: it is empty; numbers of users are needed"),
+        (("--steps", "1,0"), "'1,0' is no list of numbers of users"),
+        (("--text", "huge"), "argument --text: invalid choice: 'huge'"),
+        (("--arrivals", "0"), "'0' is no number above 0"),
+        (("--predict-body", "{"), "'{' is not JSON"),
+        (("--texts", "nowhere.txt"), "nowhere.txt: cannot be read"),
+    ],
+)
+def test_a_bad_argument_is_one_line_and_leaves_nothing(
+    words: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code: object = stepped.main(["--results", str(tmp_path / "results"), *words])
+    except SystemExit as ending:
+        code = ending.code
+    assert code == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert said in told
+    assert not (tmp_path / "results").exists()
 
 
 def test_what_a_farm_tells() -> None:
