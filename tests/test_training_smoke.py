@@ -133,5 +133,9 @@ def test_what_was_trained_is_packed_and_speaks(recipe: Recipe) -> None:
 def test_too_few_sentences_are_told(recipe: Recipe) -> None:
     with recipe.start("dual_ar", "--held-back", 48) as process:
         printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert printed.splitlines()[-1].startswith("--held-back 48 of 48 sentences")
+    assert process.returncode == 2
+    assert "training.dual_ar: --held-back 48 of 48 sentences" in printed.splitlines()[-1]
+    with recipe.start("spelling", "--data", recipe.data, "--held-back", 1000) as process:
+        printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "training.spelling: --held-back 1000 of" in printed.splitlines()[-1]

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from training import recipe
 from workers.voice.codec_decoder import CodecDecoder
 from workers.voice.spectrum import HOP, STEPS
 
@@ -28,7 +29,7 @@ MARGIN = 4  # frames at each end that the loss does not see
 def load_codec(folder: Path) -> CodecDecoder:
     """A fresh decoder with the quantiser's codebooks in it."""
     decoder = CodecDecoder()
-    quantiser = load_file(folder / "quantiser.safetensors")
+    quantiser = load_file(recipe.made(folder, "quantiser.safetensors"))
     quantiser["mel_books"] = quantiser["mel_books"].flatten(0, 1)
     _, unexpected = decoder.load_state_dict(quantiser, strict=False)
     assert not unexpected, unexpected
@@ -39,9 +40,9 @@ class Segments:
     """Random segments of the corpus: codes, and the spectrogram that they were made from."""
 
     def __init__(self, folder: Path, decoder: CodecDecoder, seed: int) -> None:
-        with np.load(folder / "codes.npz") as data:
+        with np.load(recipe.made(folder, "codes.npz")) as data:
             self.codes, counts = torch.from_numpy(data["codes"]).long(), data["counts"]
-        with np.load(folder / "features.npz") as data:
+        with np.load(recipe.made(folder, "features.npz")) as data:
             self.mel = torch.from_numpy(data["mel"])
             lengths = [line["steps"] for line in json.loads(str(data["lines"]))]
         self.first_frame = np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -94,7 +95,7 @@ def train(args: argparse.Namespace) -> None:
 def export(folder: Path) -> None:
     """Write ``codec_decoder.onnx``: inputs codes and excitation, any number of frames."""
     decoder = CodecDecoder()
-    decoder.load_state_dict(load_file(folder / "codec_decoder.safetensors"))
+    decoder.load_state_dict(load_file(recipe.made(folder, "codec_decoder.safetensors")))
     decoder.eval()
     codes = torch.zeros(1, 8, decoder.book_offsets.numel() + 1, dtype=torch.int64)
     excitation = torch.randn(1, 8 * STEPS * HOP)
@@ -142,14 +143,14 @@ def share_constants(path: Path) -> None:
     onnx.save(model, path)
 
 
+@recipe.step()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("build/voice"))
-    parser.add_argument("--steps", type=int, default=1000, help="0 exports what is there")
-    parser.add_argument("--batch", type=int, default=24)
+    parser = recipe.parser(__doc__)
+    parser.add_argument("--steps", type=recipe.whole, default=1000, help="0 exports what is there")
+    parser.add_argument("--batch", type=recipe.count, default=24)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=recipe.count, default=torch.get_num_threads())
     args = parser.parse_args()
     if args.steps:
         train(args)

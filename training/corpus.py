@@ -9,7 +9,6 @@ phones with their end times. Nothing is downloaded: the sentences come from Debi
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -23,6 +22,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from training import recipe
 
 SAMPLE_RATE = 16_000
 FORTUNES = Path("/usr/share/games/fortunes")
@@ -114,6 +115,10 @@ def _say_all(batch: tuple[int, list[str], Path]) -> int:
             continue
         waves.append(samples)
         lines.append({"text": text, "phones": phones, "samples": len(samples)})
+    if not waves:
+        raise recipe.StepError(
+            f"flite said none of {len(texts)} sentences; try: flite -voice slt -t hello -o none"
+        )
     part = shard.with_suffix(".part.npz")
     np.savez(part, samples=np.concatenate(waves), lines=json.dumps(lines))
     part.rename(shard)
@@ -127,14 +132,14 @@ def shards(folder: Path) -> Iterator[tuple[NDArray[np.int16], list[dict[str, Any
             yield data["samples"], json.loads(str(data["lines"]))
 
 
+@recipe.step()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("build/voice"))
-    parser.add_argument("--sentences", type=int, default=20_000)
+    parser = recipe.parser(__doc__)
+    parser.add_argument("--sentences", type=recipe.count, default=20_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=recipe.count, default=2)
     args = parser.parse_args()
-    folder = args.out / "corpus"
+    folder = args.out / recipe.CORPUS
     folder.mkdir(parents=True, exist_ok=True)
     texts = sentences(args.sentences, args.seed)
     random.Random(args.seed).shuffle(texts)

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from training import recipe
 from workers.voice.dual_ar import DualAR, DualARConfig
 from workers.voice.phones import SIGNS
 from workers.voice.spectrum import HOP, SAMPLE_RATE
@@ -57,11 +58,11 @@ class Batch:
 
 
 def load_sentences(folder: Path) -> list[Sentence]:
-    with np.load(folder / "codes.npz") as data:
+    with np.load(recipe.made(folder, "codes.npz")) as data:
         codes, counts = torch.from_numpy(data["codes"]).long(), data["counts"]
-    with np.load(folder / "features.npz") as data:
+    with np.load(recipe.made(folder, "features.npz")) as data:
         lines = json.loads(str(data["lines"]))
-    symbols = json.loads((folder / "symbols.json").read_text())
+    symbols = json.loads(recipe.made(folder, "symbols.json").read_text())
     found, start = [], 0
     for line, count, marked in zip(lines, counts, symbols, strict=False):
         ends = [end * SAMPLE_RATE / HOP for _, end in line["phones"]]
@@ -85,9 +86,10 @@ def load_sentences(folder: Path) -> list[Sentence]:
 def split(sentences: list[Sentence], held_back: int) -> tuple[list[Sentence], list[Sentence]]:
     """Those for validation, always the same, and those to learn from."""
     if not 0 < held_back < len(sentences):
-        raise SystemExit(
+        raise recipe.StepError(
             f"--held-back {held_back} of {len(sentences)} sentences: some have to be left for "
-            f"validation and some for training"
+            f"validation and some for training",
+            recipe.BAD_ARGUMENT,
         )
     random.Random(0).shuffle(sentences)
     return sentences[:held_back], sentences[held_back:]
@@ -260,15 +262,17 @@ def train(args: argparse.Namespace) -> None:
             save_weights(model, args.out / "dual_ar.safetensors", report)
 
 
+@recipe.step()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("build/voice"))
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=20)
+    parser = recipe.parser(__doc__)
+    parser.add_argument("--steps", type=recipe.count, default=4000)
+    parser.add_argument("--batch", type=recipe.count, default=20)
     parser.add_argument("--rate", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--held-back", type=int, default=200, help="sentences for validation")
-    parser.add_argument("--every", type=int, default=250, help="steps between checkpoints")
+    parser.add_argument(
+        "--held-back", type=recipe.count, default=200, help="sentences for validation"
+    )
+    parser.add_argument("--every", type=recipe.count, default=250, help="steps between checkpoints")
     train(parser.parse_args())
 
 

@@ -8,7 +8,6 @@ what counts, for the recogniser is far from perfect itself. Every sentence's row
 
 from __future__ import annotations
 
-import argparse
 import csv
 import re
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from pocketsphinx import Decoder
 from safetensors.torch import load_file
 
+from training import recipe
 from training.corpus import HELD_OUT, say
 from training.features import log_mel, pitch
 from training.quantiser import frames_of, nearest
@@ -29,6 +29,7 @@ from workers.voice import Voice
 from workers.voice.codec_decoder import PITCH_BOOK
 
 WORD = re.compile(r"[a-z']+")
+HOTTEST = 2.0  # temperature that the voice takes
 
 
 def recogniser() -> Decoder:
@@ -63,8 +64,15 @@ def voice_speaker(url: str | None, temperature: float) -> Callable[[str], NDArra
 
         def ask(text: str) -> NDArray[np.int16]:
             body = {"input": text, "response_format": "pcm", "seed": 1, "temperature": temperature}
-            answer = httpx.post(f"{url}/v1/audio/speech", json=body, timeout=60)
-            answer.raise_for_status()
+            try:
+                answer = httpx.post(f"{url}/v1/audio/speech", json=body, timeout=60)
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                raise recipe.StepError(
+                    f"no farm answers at {url} ({error}); `gpufarm up` starts one", recipe.NO_FARM
+                ) from None
+            if answer.status_code != 200:
+                told = " ".join(answer.text.split())[:200]
+                raise recipe.StepError(f"{url} answers {answer.status_code}, not speech: {told}")
             return np.frombuffer(answer.content, dtype=np.int16)
 
         return ask
@@ -81,7 +89,7 @@ def voice_speaker(url: str | None, temperature: float) -> Callable[[str], NDArra
 
 def codec_speaker(folder: Path) -> Callable[[str], NDArray[np.int16]]:
     """What the teacher says, through codes and back: the best that the decoder could do."""
-    quantiser = load_file(folder / "quantiser.safetensors")
+    quantiser = load_file(recipe.made(folder, "quantiser.safetensors"))
     mean, std, weight = quantiser["pitch_stats"]
     voice = Voice()
     voice.setup("cpu")
@@ -105,15 +113,20 @@ def codec_speaker(folder: Path) -> Callable[[str], NDArray[np.int16]]:
     return speak
 
 
+@recipe.step()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("training/results"))
+    parser = recipe.parser(__doc__, out="training/results")
     parser.add_argument(
         "--url", help="of a running farm; without it the voice runs in this process"
     )
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--codec", type=Path, help="training's folder: hear the codec too")
     args = parser.parse_args()
+    if not 0 <= args.temperature <= HOTTEST:
+        parser.error(f"argument --temperature: {args.temperature} is not from 0 to {HOTTEST}")
+    # As workers run. Sums come out a little differently with every number of threads, and where two
+    # codes are all but equally likely, that decides between them, and so what is heard later on.
+    torch.set_num_threads(1)
     decoder = recogniser()
     speakers: dict[str, Callable[[str], NDArray[np.int16]]] = {
         "voice": voice_speaker(args.url, args.temperature),

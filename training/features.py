@@ -7,7 +7,6 @@ Everything is sampled every 12.5 ms; a few such steps are one frame of the decod
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from training import recipe
 from training.corpus import SAMPLE_RATE, shards
 from workers.voice.spectrum import FLOOR, HOP, N_FFT, WINDOW, mel_filters, window
 
@@ -95,7 +95,7 @@ def write(folder: Path, processes: int, most: int) -> None:
     mels, pitches, lines = [], [], []
     with ProcessPoolExecutor(processes) as pool:
         parts: list[tuple[NDArray[np.int16], list[dict[str, Any]]]] = []
-        for part in shards(folder / "corpus"):
+        for part in shards(recipe.made(folder, recipe.CORPUS)):
             if sum(len(listed) for _, listed in parts) < most:
                 parts.append(part)
         for (_, listed), found in zip(parts, pool.map(_analyse_shard, parts), strict=True):
@@ -112,11 +112,11 @@ def write(folder: Path, processes: int, most: int) -> None:
     )
 
 
+@recipe.step()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("build/voice"))
-    parser.add_argument("--sentences", type=int, default=16_000)
-    parser.add_argument("--processes", type=int, default=2)
+    parser = recipe.parser(__doc__)
+    parser.add_argument("--sentences", type=recipe.count, default=16_000)
+    parser.add_argument("--processes", type=recipe.count, default=2)
     args = parser.parse_args()
     write(args.out, args.processes, args.sentences)
 

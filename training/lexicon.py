@@ -9,7 +9,6 @@ sentences than alone (``the``, ``and``) enters the lexicon as it is said in sent
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import random
@@ -20,6 +19,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from training import recipe
 from training.corpus import WORDS, shards
 from workers.voice.phones import PAUSE, PHONE_ID, Phone, place
 
@@ -104,13 +104,16 @@ def annotate(words: list[Spoken], said: list[str]) -> tuple[list[Phone], list[li
     return phones, spoken
 
 
+@recipe.step()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("build/voice"))
+    parser = recipe.parser(__doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="where the lexicon is written")
-    parser.add_argument("--words", type=int, help="of the dictionary, picked at random; all")
+    parser.add_argument(
+        "--words", type=recipe.count, help="of the dictionary, picked at random; all"
+    )
     args = parser.parse_args()
-    lines = [line for _, part in shards(args.out / "corpus") for line in part]
+    corpus = recipe.made(args.out, recipe.CORPUS)
+    lines = [line for _, part in shards(corpus) for line in part]
     listed = {w.lower() for w in WORDS.read_text().split() if re.fullmatch(r"[A-Za-z][a-z']+", w)}
     if args.words is not None:
         listed = set(random.Random(1).sample(sorted(listed), args.words))

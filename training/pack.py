@@ -5,26 +5,30 @@ python -m training.pack --out build/voice
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from workers.voice.weights import DATA, load
+from training import recipe
+from workers.voice.weights import DATA, WeightsError, load
+
+COPIED = ("dual_ar.safetensors", "codec_decoder.onnx", "spelling.safetensors")
 
 
+@recipe.step(WeightsError)
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("build/voice"))
+    parser = recipe.parser(__doc__)
     parser.add_argument("--data", type=Path, default=DATA)
     args = parser.parse_args()
+    # All are there, or nothing of the voice that is in place is touched.
+    made = {name: recipe.made(args.out, name) for name in ("quantiser.safetensors", *COPIED)}
     args.data.mkdir(parents=True, exist_ok=True)
-    quantiser = load_file(args.out / "quantiser.safetensors")
+    quantiser = load_file(made["quantiser.safetensors"])
     pitch = {name: quantiser[name] for name in ("pitch_book", "pitch_stats")}
     save_file(pitch, args.data / "pitch.safetensors")
-    for name in ("dual_ar.safetensors", "codec_decoder.onnx", "spelling.safetensors"):
-        shutil.copyfile(args.out / name, args.data / name)
+    for name in COPIED:
+        shutil.copyfile(made[name], args.data / name)
         (args.data / name).chmod(0o644)
     (args.data / "pitch.safetensors").chmod(0o644)
     print(f"{args.data}: fingerprint {load(args.data).fingerprint}")

@@ -9,14 +9,13 @@ predicts codebook 0; the fast one the others in turn.
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from training import recipe
 from workers.voice.spectrum import N_MELS, STEPS
 
 NUM_CODEBOOKS = 7
@@ -54,14 +53,16 @@ def k_means(vectors: torch.Tensor, size: int, rounds: int, seed: int) -> torch.T
     return book
 
 
+@recipe.step()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("build/voice"))
-    parser.add_argument("--vectors", type=int, default=100_000, help="frames that k-means sees")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser = recipe.parser(__doc__)
+    parser.add_argument(
+        "--vectors", type=recipe.count, default=100_000, help="frames that k-means sees"
+    )
+    parser.add_argument("--rounds", type=recipe.count, default=12)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    data = np.load(args.out / "features.npz")
+    data = np.load(recipe.made(args.out, "features.npz"))
     lines = json.loads(str(data["lines"]))
     lengths = [line["steps"] for line in lines]
     mel = torch.from_numpy(data["mel"]).float()
@@ -75,6 +76,11 @@ def main() -> None:
     prosody = frames_of(spoken, lengths)
     rng = torch.Generator().manual_seed(args.seed)
     seen = torch.randperm(len(normal), generator=rng)[: args.vectors]
+    if len(seen) < CODEBOOK_SIZE:
+        raise recipe.StepError(
+            f"{len(seen)} frames are too few for codebooks of {CODEBOOK_SIZE}; "
+            "more --vectors are needed, or more --sentences in steps 1 and 2"
+        )
 
     codes = torch.empty(len(normal), NUM_CODEBOOKS, dtype=torch.int16)
     books: list[torch.Tensor] = []

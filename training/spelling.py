@@ -8,7 +8,6 @@ letter tends to say is found by counting and aligning in turn.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -19,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
+from training import recipe
 from workers.voice.spelling import LETTER_ID, MAX_CHUNKS, Spelling, spell
 from workers.voice.text import DATA, lexicon
 
@@ -69,16 +69,20 @@ def align(words: dict[str, list[str]], rounds: int = 5) -> dict[str, list[Chunk]
     return {w: c for w, c in aligned.items() if c}
 
 
+@recipe.step()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("build/voice"))
+    parser = recipe.parser(__doc__)
     parser.add_argument("--data", type=Path, default=DATA, help="where the lexicon lies")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--held-back", type=int, default=2000, help="words to be tried at the end")
+    parser.add_argument("--steps", type=recipe.count, default=3000)
+    parser.add_argument(
+        "--held-back", type=recipe.count, default=2000, help="words to be tried at the end"
+    )
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
+    recipe.made(args.data, "lexicon.txt.gz")
+    args.out.mkdir(parents=True, exist_ok=True)
     known = lexicon(args.data).items()
     words = {w: p for w, p in known if len(w) > 1 and all(c in LETTER_ID for c in w)}
     aligned = align(words)
@@ -86,6 +90,12 @@ def main() -> None:
     chunks = [chunk for chunk, _ in counts.most_common(MAX_CHUNKS)]
     number = {chunk: i for i, chunk in enumerate(chunks)}
     usable = [w for w, c in aligned.items() if all(" ".join(x) in number for x in c)]
+    if len(usable) <= args.held_back:
+        raise recipe.StepError(
+            f"--held-back {args.held_back} of {len(usable)} words: some have to be left for "
+            f"training",
+            recipe.BAD_ARGUMENT,
+        )
     rng.shuffle(usable)
     held_back, learnt = usable[: args.held_back], usable[args.held_back :]
     print(f"{len(aligned)} of {len(words)} words aligned, {len(counts)} chunks, {len(usable)} used")
