@@ -170,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
         description="What the serving layer adds to a request, and what it leaves of the workers.",
     )
     farm_help = f"a farm that serves {SLEEP_MODEL}; default: one for this run"
-    made.add_argument("--host", "--url", metavar="URL", help=farm_help)
+    made.add_argument("--host", metavar="URL", help=farm_help)
     made.add_argument("--path", default=_SLEEPS, help="of another server that takes --service-ms")
     made.add_argument("--workers", type=arguments.count, required=True, help="that the farm has")
     made.add_argument(

@@ -95,7 +95,7 @@ class Up:
         check_port(self.settings)
         self._tell_what()
         plan = make_plan(self.settings, self.state, self.say)
-        block = ports.choose(self.state.path, self.settings.workers.max + 1, self.state.ports())
+        block = self._ports(self.state.ports())
         self.state.record_ports(block)
         farm = Farm(
             state=self.state,
@@ -156,6 +156,10 @@ class Up:
             )
         if (old.host, old.port) != (new.host, new.port):
             check_port(new)
+        if new.port in self.state.ports():
+            raise ConfigError(
+                f"port = {new.port} is kept for this farm's workers; choose another with --port"
+            )
         self._tell_what()
         plan, admin_port = running.plan, running.admin_port
         if old.planned_from != new.planned_from:
@@ -195,9 +199,15 @@ class Up:
         plan = make_plan(self.settings, self.state, self.say, held)
         block = self.state.ports()
         if self.settings.workers.max >= len(block):
-            block = ports.choose(self.state.path, self.settings.workers.max + 1)
+            block = self._ports()
             self.state.record_ports(block)
         return plan.with_ports(block[1:]), block[0]
+
+    def _ports(self, recorded: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """The controller's port and the slots'."""
+        settings = self.settings
+        size, public = settings.workers.max + 1, settings.port
+        return ports.choose(self.state.path, size, recorded, public=public)
 
     def wait_or_end(self, farm: Farm) -> dict[str, Any]:
         """``wait``; a farm in which nothing serves then is ended, so that nothing is left of it."""

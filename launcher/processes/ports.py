@@ -25,14 +25,17 @@ HIGHEST = 32767
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
-def choose(state: Path, size: int, recorded: tuple[int, ...] = ()) -> tuple[int, ...]:
+def choose(
+    state: Path, size: int, recorded: tuple[int, ...] = (), *, public: int
+) -> tuple[int, ...]:
     """A block of ``size`` ports for the farm in ``state``: the recorded one where it is still
     free, else another. Written into the registry of this user's farms.
 
-    Raises StateError when there is none.
+    ``public``: where the farm's nginx is to listen. Raises StateError when there is none.
     """
     with _registry() as blocks:
         others = {port for name, ports in blocks.items() if name != str(state) for port in ports}
+        others.add(public)
         candidates = [recorded[:size]] if len(recorded) >= size else []
         highest = _highest()
         count = (highest - LOWEST) // size

@@ -46,7 +46,7 @@ def test_against_a_server_of_one_worker(tmp_path: Path, capsys: pytest.CaptureFi
     process = subprocess.Popen([sys.executable, str(STANDIN), "--port", str(port)])
     try:
         until(lambda: listens(port), "the server listens")
-        arguments = ["--url", f"http://127.0.0.1:{port}", "--path", "/work?seconds=0.02"]
+        arguments = ["--host", f"http://127.0.0.1:{port}", "--path", "/work?seconds=0.02"]
         arguments += ["--workers", "1", "--concurrency", "3", "--seconds", "1"]
         assert main([*arguments, "--csv", str(samples)]) == 0
     finally:
