@@ -27,7 +27,7 @@ COMMANDS = ("up", "down", "ps", "plan", "scale", "drain", "restart", "logs", "do
 def gpufarm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GPUFARM_")}
     return subprocess.run(
-        [sys.executable, "-P", "-m", "launcher.command.cli", *arguments],
+        [sys.executable, "-P", "-m", "launcher.command", *arguments],
         cwd=folder,
         env=environment | {"XDG_STATE_HOME": str(folder / "state-home")},
         capture_output=True,
@@ -82,7 +82,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path, command: list[str]) -> None:
     code = f"""
 import sys
 sys.argv = ["gpufarm", *{command!r}]
-from launcher.command.cli import main
+from launcher.command.__main__ import main
 try:
     main()
 except SystemExit as end:
@@ -99,7 +99,7 @@ def test_a_plan_imports_no_engine_and_no_server(tmp_path: Path) -> None:
     code = """
 import sys
 sys.argv = ["gpufarm", "plan", "--device", "24GiB", "--device", "24GiB", "--footprint", "7GiB"]
-from launcher.command.cli import main
+from launcher.command.__main__ import main
 try:
     main()
 except SystemExit as end:

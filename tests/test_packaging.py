@@ -62,7 +62,7 @@ def test_the_wheel_holds_every_tracked_file(wheel: Path) -> None:
 def test_the_wheel_has_a_command_and_a_licence(wheel: Path) -> None:
     files = zipfile.ZipFile(wheel)
     (points,) = (name for name in files.namelist() if name.endswith("entry_points.txt"))
-    assert "gpufarm = launcher.command.cli:main" in files.read(points).decode()
+    assert "gpufarm = launcher.command.__main__:main" in files.read(points).decode()
     assert any(name.endswith("licenses/LICENSE") for name in files.namelist())
     assert {name.partition("/")[0] for name in files.namelist()} == {
         *PACKAGES,

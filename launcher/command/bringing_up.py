@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import socket
 import subprocess
 import time
 from collections import Counter
@@ -12,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from balancer import processes as nginx_processes
-from balancer.start import why_not_free
 from launcher.command.bringing_down import (
     end_leftovers,
     end_unrecorded,
@@ -20,17 +17,14 @@ from launcher.command.bringing_down import (
     shut_down,
 )
 from launcher.command.client import AwayError, Client, serves
+from launcher.command.settling import Say, check_port, make_plan
 from launcher.configuration.config import ConfigError, Settings
 from launcher.configuration.state import StateDir, read_json, write_json
-from launcher.planning import sizing
-from launcher.planning.devices import discover
-from launcher.planning.inventory import Device
 from launcher.planning.plan import Plan
 from launcher.processes import farm as farms
 from launcher.processes import ports, supervisor
 from launcher.processes.farm import Farm
 from launcher.processes.last_words import last_line
-from launcher.processes.lone_worker import lone_start
 from launcher.processes.supervisor import Supervisor
 
 SUPERVISOR_SECONDS = 30.0
@@ -39,8 +33,6 @@ CONTROLLER_SECONDS = 60.0
 START_GRACE = 60.0
 """Added to the load timeouts of all workers: the deadline of the whole command."""
 POLL = 0.2
-
-Say = Callable[[str], None]
 
 
 class UpError(Exception):
@@ -283,58 +275,6 @@ def judged(view: dict[str, Any]) -> dict[str, Any]:
     if view["restart"]["error"]:
         raise UpError(view["restart"]["error"])
     return view
-
-
-def check_port(settings: Settings) -> None:
-    """Raises ConfigError where nginx could not listen on the public address."""
-    where = f"{settings.host}:{settings.port}"
-    problem = why_not_free(settings.host, settings.port)
-    if problem is None:
-        return
-    key, told = f"port = {settings.port}", "another program listens on"
-    remedy = "choose another with --port"
-    if isinstance(problem, socket.gaierror):
-        key, told = f"host = {settings.host}", "there is no such address:"
-        remedy = "name one of this machine with --host"
-    elif problem.errno == errno.EADDRNOTAVAIL:
-        key, told = f"host = {settings.host}", "this machine does not have the address of"
-        remedy = "name one that it has with --host"
-    elif problem.errno in (errno.EACCES, errno.EPERM):
-        told, remedy = "only root may listen on", "choose one from 1024 on with --port"
-    elif problem.errno != errno.EADDRINUSE:
-        told = f"{problem.strerror}:"
-    raise ConfigError(f"{key}: {told} {where}; {remedy}")
-
-
-def make_plan(
-    settings: Settings, state: StateDir, say: Say, held: Counter[str] | None = None
-) -> Plan:
-    """Devices, footprint (measured where it is not known) and the plan, which fits.
-
-    ``held``: bytes that a farm's own workers hold on each device. Raises DoesNotFit, MeasureError.
-    """
-    found = discover(sizing.read_host(settings), settings.budget.devices)
-    for note in found.notes:
-        say(note)
-    footprint = sizing.known_footprint(settings, found.devices, state)
-    if footprint is None:
-        footprint = sizing.measure_footprint(
-            settings, found.devices, state, lone_start(settings, state), say
-        )
-    host = sizing.read_host(settings)
-    devices = discover(host, settings.budget.devices).devices
-    mine = held or Counter()
-    devices = tuple(_with_room(device, mine[device.id]) for device in devices)
-    if host.ram_free is not None:
-        host = replace(host, ram_free=host.ram_free + mine["cpu"])
-    plan = sizing.build_plan(settings, devices, host, footprint).checked()
-    for warning in plan.warnings:
-        say(f"warning: {warning}")
-    return plan
-
-
-def _with_room(device: Device, held: int) -> Device:
-    return replace(device, free=min(device.total, device.free + held))
 
 
 def retried(ask: Callable[[], dict[str, Any]], seconds: float = CONTROLLER_SECONDS) -> Any:

@@ -61,7 +61,7 @@ class FarmUnderTest:
         (self.folder / "gpufarm.toml").write_text(text)
 
     def command(self, *arguments: str) -> list[str]:
-        return self.python("-P", "-m", "launcher.command.cli", *arguments)
+        return self.python("-P", "-m", "launcher.command", *arguments)
 
     def python(self, *arguments: str) -> list[str]:
         return [*self.command_prefix, self.interpreter, *arguments]
