@@ -16,6 +16,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from balancer.configuration import ERROR_LOG
+
 RECORD = "run/nginx-masters.json"
 PROC = Path("/proc")
 CHECK_SECONDS = 0.02
@@ -81,7 +83,7 @@ def running_master(prefix: Path) -> int | None:
 
 def members(master: Master, prefix: Path) -> list[int]:
     """The living processes of a recorded nginx: never a stranger that got its numbers later."""
-    found = []
+    found, inside = [], f"{prefix.resolve()}/"
     for entry in PROC.iterdir():
         if not entry.name.isdigit():
             continue
@@ -92,16 +94,17 @@ def members(master: Master, prefix: Path) -> list[int]:
         except ProcessLookupError:
             continue
         ticks = start_ticks(pid)
-        if ticks is not None and ticks >= master.ticks and _holds_files_below(pid, prefix):
+        if ticks is not None and ticks >= master.ticks and _holds(pid, inside):
             found.append(pid)
     return found
 
 
-def _holds_files_below(pid: int, prefix: Path) -> bool:
-    inside = f"{prefix.resolve()}/"
+def _holds(pid: int, beginning: str) -> bool:
+    """Whether it has a file open whose path begins so."""
     try:
         return any(
-            str(link.readlink()).startswith(inside) for link in (PROC / str(pid) / "fd").iterdir()
+            str(link.readlink()).startswith(beginning)
+            for link in (PROC / str(pid) / "fd").iterdir()
         )
     except OSError:
         return False
@@ -121,7 +124,9 @@ def _titled(prefix: Path) -> set[int]:
                 found.add(int(entry.name))
         except OSError:
             continue
-    return {pid for pid in found if start_ticks(pid) and _holds_files_below(pid, prefix)}
+    # Not all below the prefix: another farm's may lie inside of it.
+    logs = f"{prefix.resolve()}/{ERROR_LOG.rpartition('/')[0]}/nginx-"
+    return {pid for pid in found if start_ticks(pid) and _holds(pid, logs)}
 
 
 def send(pids: list[int], number: signal.Signals) -> None:

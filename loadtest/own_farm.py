@@ -35,6 +35,8 @@ devices = ["cpu"]
 """
 _PORTS = (10000, 19999)
 """Below those that ``gpufarm`` takes for slots, and the kernel for outgoing connections."""
+NONE_RUNS = 4
+"""The exit code of ``gpufarm ps`` where no farm runs."""
 _SLOTS = 16
 """As many as a farm has unless told otherwise: nginx passes over the empty ones."""
 
@@ -55,10 +57,13 @@ def running_or_new(keep: bool, say: Say) -> Iterator[str]:
 
     Raises StartError.
     """
-    _, running = _gpufarm(["ps", "--json"], loud=False)
+    code, running = _gpufarm(["ps", "--json"], loud=False)
     if running is not None:
         yield running["url"]
         return
+    if code != NONE_RUNS:
+        _gpufarm(["ps"], loud=True)  # it says what is wrong with the farm that runs
+        raise StartError(code)
     say("no farm is running; starting one")
     with _started(["up", "--json"], ["down"], keep) as url:
         yield url

@@ -80,7 +80,12 @@ def locust(folder: Path, *words: object) -> Iterator[subprocess.Popen[str]]:
 
 
 def fake_gpufarm(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, *, runs: bool = False, starts: bool = True
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    runs: bool = False,
+    starts: bool = True,
+    none_runs: int = 4,
 ) -> None:
     """In place of `gpufarm`: notes how it is called, and answers as a farm's command would."""
     program = folder / "fake_gpufarm.py"
@@ -93,7 +98,7 @@ with (folder / "calls").open("a") as calls:
 (folder / "environment").write_text("\\n".join(os.environ))
 word = sys.argv[1]
 if word == "ps" and not {runs}:
-    sys.exit(4)
+    sys.exit({none_runs})
 if word == "up" and not {starts}:
     sys.exit(3)
 if word != "down":

@@ -84,8 +84,8 @@ def test_packages_import_only_what_they_may(package: str) -> None:
 
 
 def test_the_launcher_has_no_other_folders() -> None:
-    folders = {path.parent.name for path in sources("launcher") if path.parent.name != "launcher"}
-    assert folders == set(LAUNCHER)
+    inner = {path.relative_to(REPOSITORY / "launcher") for path in sources("launcher")}
+    assert {path.parts[0] for path in inner} == {*LAUNCHER, "__init__.py"}
 
 
 @pytest.mark.parametrize("folder", LAUNCHER)

@@ -165,6 +165,15 @@ def test_of_cards_that_differ_each_is_measured_and_the_larger_footprint_taken(fo
     assert known_footprint(settings, [CARD, other], state) is None, "one has yet to be measured"
     full = replace(CARD, free=0)
     assert known_footprint(settings, [full, other], state) == larger, "it cannot be measured now"
-    store.put(key_of(settings, CARD), FOUND)
-    assert known_footprint(settings, [CARD, other], state) == larger
-    assert known_footprint(settings, [full], state) == FOUND
+    store.put(key_of(settings, CARD), replace(FOUND, peak=9))
+    covering = known_footprint(settings, [CARD, other], state)
+    assert covering == replace(larger, peak=9), "the largest of every amount"
+    assert known_footprint(settings, [full], state) == replace(FOUND, peak=9)
+
+
+def test_a_card_that_could_hold_no_worker_need_not_be_measured(folder: Path) -> None:
+    settings, state = settings_of(folder), StateDir(folder / "state").create()
+    small = replace(CARD, id="GPU-2", name="small", total=2 * GIB, free=2 * GIB)
+    large = replace(FOUND, peak=5 * GIB, steady=4 * GIB)
+    FootprintStore(state).put(key_of(settings, CARD), large)
+    assert known_footprint(settings, [CARD, small], state) == large

@@ -94,6 +94,14 @@ def test_a_farm_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not (tmp_path / "results").exists()
 
 
+def test_a_farm_of_which_nothing_is_known_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_gpufarm(tmp_path, monkeypatch, none_runs=1)
+    assert stepped.main(["--results", str(tmp_path / "results")]) == 1
+    assert {call[0] for call in calls_of(tmp_path)} == {"ps"}
+
+
 def test_failures_and_thresholds_are_told_one_line_each(tmp_path: Path) -> None:
     words = ("--steps", "1", "--seconds", "2", "--warm-up", "1", "--name", "r")
     paced = ("--loop", "open", "--arrivals", "20", "--request", "stream")

@@ -244,6 +244,9 @@ def test_last_lines(tmp_path: Path) -> None:
     assert last_line(log) == "there are no weights"
     log.write_text("2026-01-02T03:04:05.678Z INFO w1 ready url=http://127.0.0.1:1\n")
     assert last_line(log) == "", "it says nothing about an end"
+    foreign = "2026-01-02T03:04:05.678Z INFO server exiting: CUDA error 700"
+    log.write_text(f"{foreign}\n")
+    assert last_line(log) == foreign, "somebody else's lines stay as they are"
 
 
 def test_last_words_are_those_of_the_process_that_ended(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_measured_is_where_the_most_room_of_each_kind_is() -> None:
     other = Device("GPU-8", "another", "gpu", 48 * GIB, 8 * GIB)
     full = Device("GPU-7", "a third", "gpu", 48 * GIB, 1 * GIB)
     places = places_to_measure([broken, other, *alike, full], Limits())
-    assert [place.id for place in places] == ["GPU-8", "GPU-1"]
+    assert [place.id for place in places] == ["GPU-1", "GPU-8"], "the roomiest first"
     with pytest.raises(DoesNotFit, match=r"card 9: it is lost.*budget\.devices"):
         places_to_measure([broken], Limits())
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from contextlib import suppress
+from types import FrameType
 
 from launcher.command.cli import app
 
@@ -47,6 +49,9 @@ def _exit_code(error: Exception) -> int | None:
 
 def main() -> None:
     """Run the command; every expected error is one line and an exit code."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _leave)
     try:
         app()
     except KeyboardInterrupt:
@@ -68,6 +73,12 @@ def main() -> None:
             sys.exit(FAILED)
         print(f"gpufarm: {error}", file=sys.stderr)
         sys.exit(code)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """What was begun is ended on the way out, such as a worker that is being measured."""
+    del frame
+    raise SystemExit(128 + number)
 
 
 def _explain_mistake(error: Exception) -> None:

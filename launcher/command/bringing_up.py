@@ -63,7 +63,7 @@ class Up:
             return self._refresh(running)
         self._clean(running)
         try:
-            return self._start()
+            return self._start(running.settings if running else None)
         except BaseException:
             if self.farm is None:  # nothing runs, so nothing is to be left
                 remove_traces(self.state)
@@ -83,7 +83,8 @@ class Up:
         if count:
             self.say(f"ended what an earlier farm had left behind ({count} processes)")
 
-    def _start(self) -> Farm:
+    def _start(self, before: Settings | None) -> Farm:
+        """``before``: the settings of a farm that was killed here."""
         check_port(self.settings)
         self._tell_what()
         plan = make_plan(self.settings, self.state, self.say)
@@ -96,20 +97,25 @@ class Up:
             admin_port=block[0],
             socket=self.state.runtime() / supervisor.SOCKET,
         )
-        self._keep_wishes(plan)
+        self._keep_wishes(plan, before)
         farms.render(farm)
         farms.save(farm)
         self._spawn(farm)
         return farm
 
-    def _keep_wishes(self, plan: Plan) -> None:
-        """What was scaled or drained lasts until `down`; what happened to processes does not."""
+    def _keep_wishes(self, plan: Plan, before: Settings | None) -> None:
+        """What was scaled or drained lasts until `down`; what happened to processes does not.
+
+        A count that the configuration has changed since ``before`` is the newer wish.
+        """
         wishes = read_json(self.state.desired_file)
         if self.count is not None or not isinstance(wishes, dict):
             self.state.desired_file.unlink(missing_ok=True)
             return
         ids = {slot.id for slot in plan.slots}
         count, drained = wishes.get("count"), wishes.get("drained")
+        if before is not None and before.workers.count != self.settings.workers.count:
+            count = plan.count
         kept = {
             "count": min(count if isinstance(count, int) else plan.count, plan.capacity),
             "drained": [id_ for id_ in drained if id_ in ids] if isinstance(drained, list) else [],
@@ -147,7 +153,7 @@ class Up:
                 f"here: name it with --config, or end that farm with `gpufarm down` first"
             )
         if (old.host, old.port) != (new.host, new.port):
-            check_port(new)
+            check_port(new, old)
         if new.port in self.state.ports():
             raise ConfigError(
                 f"port = {new.port} is kept for this farm's workers; choose another with --port"
@@ -162,7 +168,7 @@ class Up:
         if changes.supervisor:
             self.say("the supervisor's file has changed: the farm is started anew")
             shut_down(running)
-            self._keep_wishes(plan)
+            self._keep_wishes(plan, old)
             self._spawn(farm)
             return farm
         if changes.balancer and nginx_processes.reload(self.state.path):
@@ -202,11 +208,11 @@ class Up:
         return ports.choose(self.state.path, size, recorded, public=public)
 
     def wait_or_end(self, farm: Farm) -> dict[str, Any]:
-        """``wait``; a farm in which nothing serves then is ended, so that nothing is left of it."""
+        """``wait``; a farm that was started here and has nothing to serve is ended again."""
         try:
             return self.wait(farm)
         except UpError as error:
-            if serves(farm):
+            if self.child is None or serves(farm):
                 raise
             shut_down(farm)
             remove_traces(farm.state)
@@ -219,8 +225,9 @@ class Up:
         """
         client = Client(farm)
         wanted = max(1, farm.plan.count, self.count or 0)
-        load = self.settings.workers.load_timeout
-        deadline = time.monotonic() + CONTROLLER_SECONDS + START_GRACE + wanted * load
+        # A worker that is to be replaced may have a request to finish first.
+        each = self.settings.workers.load_timeout + self.settings.workers.request_timeout
+        deadline = time.monotonic() + CONTROLLER_SECONDS + START_GRACE + wanted * each
         told = Teller(self.say)
         away_since = time.monotonic()
         while time.monotonic() < deadline:
@@ -267,7 +274,7 @@ def judged(view: dict[str, Any]) -> dict[str, Any]:
     """A settled farm's view. Raises UpError where a worker or a restart was given up."""
     failed: dict[str, list[str]] = {}
     for worker in view["workers"]:
-        if worker["state"] == "failed":
+        if worker["state"] == "failed" and worker["wanted"]:
             why = worker["error"].removeprefix(worker["id"]).strip()
             failed.setdefault(why, []).append(worker["id"])
     if failed:

@@ -10,18 +10,22 @@ from dataclasses import replace
 
 from balancer.start import why_not_free
 from launcher.configuration.config import ConfigError, Settings
+from launcher.configuration.sizes import format_size
 from launcher.configuration.state import StateDir
 from launcher.planning import sizing
 from launcher.planning.devices import discover
 from launcher.planning.inventory import Device
-from launcher.planning.plan import Plan
+from launcher.planning.plan import DoesNotFit, Plan
 from launcher.processes.lone_worker import lone_start
 
 Say = Callable[[str], None]
 
 
-def check_port(settings: Settings) -> None:
-    """Raises ConfigError where nginx could not listen on the public address."""
+def check_port(settings: Settings, running: Settings | None = None) -> None:
+    """Raises ConfigError where nginx could not listen on the public address.
+
+    ``running``: the settings of this farm, where it runs.
+    """
     where = f"{settings.host}:{settings.port}"
     problem = why_not_free(settings.host, settings.port)
     if problem is None:
@@ -36,6 +40,8 @@ def check_port(settings: Settings) -> None:
         remedy = "name one that it has with --host"
     elif problem.errno in (errno.EACCES, errno.EPERM):
         told, remedy = "only root may listen on", "choose one from 1024 on with --port"
+    elif problem.errno == errno.EADDRINUSE and running and running.port == settings.port:
+        told, remedy = "this farm's own nginx is in the way of", "run `gpufarm down` first"
     elif problem.errno != errno.EADDRINUSE:
         told = f"{problem.strerror}:"
     raise ConfigError(f"{key}: {told} {where}; {remedy}")
@@ -53,9 +59,18 @@ def make_plan(
         say(note)
     footprint = sizing.known_footprint(settings, found.devices, state)
     if footprint is None:
-        footprint = sizing.measure_footprint(
-            settings, found.devices, state, lone_start(settings, state), say
-        )
+        try:
+            footprint = sizing.measure_footprint(
+                settings, found.devices, state, lone_start(settings, state), say
+            )
+        except DoesNotFit as error:
+            if not held:
+                raise
+            own = format_size(held.total())
+            raise DoesNotFit(
+                f"{error}. This farm's own workers hold {own}: run `gpufarm down` first, or state "
+                f"footprint.bytes"
+            ) from None
     host = sizing.read_host(settings)
     devices = discover(host, settings.budget.devices).devices
     mine = held or Counter()

@@ -243,7 +243,7 @@ class Controller:
                 f"used, {names} drained; refill with `gpufarm restart {names.split(', ')[0]}`"
             )
         async with self._lock:
-            self._forgive(wanted(self.places, replace(self.desired, count=count)))
+            self._forgive(tuple(place.id for place in self.places))
             await self._want(replace(self.desired, count=count))
         return self.farm.plan.warnings_for(count)
 
@@ -255,12 +255,18 @@ class Controller:
                 return
             if id_ not in self.wanted:
                 raise RefusedError(f"{id_} has no worker to drain; there is: {self._named()}")
+            self._forgive((id_,))
             await self._want(Desired(self.desired.count - 1, self.desired.drained | {id_}))
 
     async def restart(self, ids: tuple[str, ...] = ()) -> None:
         """Replace workers in turn, all of them where none is named; refill drained slots."""
         for id_ in ids:
             self._check(id_)
+            if id_ not in (*self.wanted, *self.desired.drained):
+                raise RefusedError(
+                    f"{id_} has no worker to restart; there is: {self._named()}. `gpufarm scale` "
+                    f"adds workers"
+                )
         async with self._lock:
             refilled = self.desired.drained & set(ids)
             count = min(self.desired.count + len(refilled), self.farm.plan.capacity)
@@ -281,7 +287,7 @@ class Controller:
             desired = Desired(
                 min(self.desired.count, len(ids)), self.desired.drained & frozenset(ids)
             )
-            self._forgive(wanted(self.places, desired))
+            self._forgive(tuple(ids))
             old = [
                 id_
                 for id_ in wanted(self.places, desired)

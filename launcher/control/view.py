@@ -23,6 +23,7 @@ def view(controller: Controller) -> dict[str, Any]:
                 "port": slot.port,
                 "device": slot.device_id,
                 "state": record.state,
+                "wanted": slot.id in controller.wanted,
                 "drained": drained,
                 "restarts": record.restarts,
                 "ready_seconds": record.ready_seconds,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 DeviceKind = Literal["gpu", "mig", "cpu", "imagined"]
@@ -81,6 +82,17 @@ class Footprint:
     """How many requests were run while measuring."""
     exact: bool = True
     """False when others used the device meanwhile: then it is an upper guess."""
+
+    @classmethod
+    def covering(cls, several: Sequence[Footprint]) -> Footprint:
+        """One that is enough on each device on which one of ``several`` was measured."""
+        largest = max(several, key=lambda one: one.steady)
+        return replace(
+            largest,
+            peak=max(one.peak for one in several),
+            host_ram=max((one.host_ram or 0 for one in several), default=0) or None,
+            exact=all(one.exact for one in several),
+        )
 
     @classmethod
     def given(cls, size: int) -> Footprint:

@@ -184,13 +184,21 @@ def fitting(budget: int, footprint: Footprint) -> int:
     return 1 + (after_first - (footprint.peak - footprint.steady)) // footprint.steady
 
 
+def room_of(device: Device, limits: Limits) -> int:
+    """Bytes that workers may use of it now."""
+    return _budget(device, _headroom(device, limits), limits)
+
+
 def places_to_measure(devices: Sequence[Device], limits: Limits) -> tuple[Device, ...]:
-    """Of each kind of device that has room the one with the most. Raises DoesNotFit for none."""
+    """Of each kind of device that has room the one with the most, the roomiest kind first.
+
+    Raises DoesNotFit where none has.
+    """
     usable = [device for device in devices if not device.problem]
     if not usable:
         problems = "; ".join(f"{d.name}: {d.problem}" for d in devices) or "none found"
         raise DoesNotFit(f"no device to run on ({problems}); name one with budget.devices")
-    rooms = {d.id: _budget(d, _headroom(d, limits), limits) for d in usable}
+    rooms = {d.id: room_of(d, limits) for d in usable}
     best: dict[tuple[str, int], Device] = {}
     for device in sorted(usable, key=lambda d: rooms[d.id]):
         if rooms[device.id] > 0:
@@ -198,14 +206,14 @@ def places_to_measure(devices: Sequence[Device], limits: Limits) -> tuple[Device
     if not best:
         rows = ", ".join(_row(d, rooms[d.id], _headroom(d, limits)) for d in usable)
         raise DoesNotFit(f"no worker fits, not even to be measured ({rows}); {MORE_ROOM}")
-    return tuple(sorted(best.values(), key=usable.index))
+    return tuple(sorted(best.values(), key=lambda d: -rooms[d.id]))
 
 
 def plan(devices: Sequence[Device], footprint: Footprint, host: Host, limits: Limits) -> Plan:
     """Place workers on devices. Never raises: a plan that cannot be done carries its refusal."""
     usable = [device for device in devices if not device.problem]
     headrooms = {d.id: _headroom(d, limits) for d in usable}
-    budgets = {d.id: _budget(d, headrooms[d.id], limits) for d in usable}
+    budgets = {d.id: room_of(d, limits) for d in usable}
     fits = {d.id: _fits(d, budgets[d.id], footprint) for d in usable}
     caps = Caps(
         memory=sum(fits.values()),

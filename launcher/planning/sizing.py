@@ -13,7 +13,7 @@ from launcher.planning import host as hosts
 from launcher.planning.footprint import MeasureError, Probe, Progress, RunningWorker, measure
 from launcher.planning.footprint_store import FootprintStore, key_of
 from launcher.planning.inventory import Device, Footprint, Host
-from launcher.planning.plan import DoesNotFit, Limits, Plan, places_to_measure, plan
+from launcher.planning.plan import DoesNotFit, Limits, Plan, places_to_measure, plan, room_of
 
 Start = Callable[[Device], RunningWorker]
 """Starts the configured worker on a device, alone."""
@@ -38,19 +38,28 @@ def read_host(settings: Settings) -> Host:
 def known_footprint(
     settings: Settings, devices: Sequence[Device], state: StateDir
 ) -> Footprint | None:
-    """footprint.bytes, else the largest that was measured on such devices.
+    """footprint.bytes, else one that covers what was measured on such devices.
 
-    None where one was not measured and could be.
+    None where a kind of device could hold a worker and was not measured.
     """
     if settings.footprint.bytes:
         return Footprint.given(settings.footprint.bytes)
+    usable = [device for device in devices if not device.problem]
     store = FootprintStore(state)
+    kept = [found for device in usable if (found := store.find(key_of(settings, device)))]
+    if not kept:
+        return None
+    footprint = Footprint.covering(kept)
     with suppress(DoesNotFit):
-        places = places_to_measure(devices, limits(settings))
-        if any(store.find(key_of(settings, place)) is None for place in places):
-            return None
-    kept = [store.find(key_of(settings, device)) for device in devices if not device.problem]
-    return max((found for found in kept if found), key=lambda f: f.steady, default=None)
+        for place in places_to_measure(usable, limits(settings)):
+            missing = store.find(key_of(settings, place)) is None
+            if missing and _could_hold(place, footprint, settings):
+                return None
+    return footprint
+
+
+def _could_hold(device: Device, footprint: Footprint, settings: Settings) -> bool:
+    return room_of(device, limits(settings)) >= footprint.peak
 
 
 def measure_footprint(
@@ -62,21 +71,28 @@ def measure_footprint(
     *,
     again: bool = False,
 ) -> Footprint:
-    """Measure on one device of each kind, and keep what is found. Returns the largest.
+    """Measure on one device of each kind, and keep what is found. Returns one that covers all.
 
     ``again``: also where it is known. Raises MeasureError; DoesNotFit where there is no room to
     try, or where the kernel ended the worker because memory ran out.
     """
-    store, found = FootprintStore(state), []
+    store = FootprintStore(state)
+    found: list[Footprint] = []
     for place in places_to_measure(devices, limits(settings)):
         key = key_of(settings, place)
         footprint = None if again else store.find(key)
+        if footprint is None and found and not _could_hold(place, max(found, key=_peak), settings):
+            continue  # it gets no worker anyway
         if footprint is None:
             progress(f"measuring the footprint of one worker on {place.name}")
             footprint = _measured(settings, place, start, progress)
             store.put(key, footprint)
         found.append(footprint)
-    return max(found, key=lambda f: f.steady)
+    return Footprint.covering(found)
+
+
+def _peak(footprint: Footprint) -> int:
+    return footprint.peak
 
 
 def _measured(settings: Settings, device: Device, start: Start, progress: Progress) -> Footprint:
@@ -102,6 +118,8 @@ def _measured(settings: Settings, device: Device, start: Start, progress: Progre
                 f"one worker does not fit: the kernel ended a process of it because memory ran "
                 f"out (now {free} of RAM are free); free some, or raise the memory limit"
             ) from error
+        if device.is_gpu:  # there may be others
+            raise MeasureError(f"on {device.name}: {error}") from None
         raise
     finally:
         if driver is not None:

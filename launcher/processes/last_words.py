@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _OURS = re.compile(
-    r"\d{4}-\d\d-\d\dT[\d:.]+Z (?P<level>[A-Z]+) \S+ (?:cannot load: )?(?P<message>.*)"
+    r"\d{4}-\d\d-\d\dT[\d:.]+Z (?P<level>[A-Z]+) w\d+ (?:cannot load: )?(?P<message>.*)"
 )
 """A line of a worker's log: time, level, worker, message."""
 LOG_TAIL = 4096
@@ -28,11 +28,9 @@ def last_line(log: Path) -> str:
     except OSError:
         return ""
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return _OURS.sub(_message, last, count=1)[:LONGEST_WORDS]
-
-
-def _message(match: re.Match[str]) -> str:
-    return "" if match["level"] == "INFO" else match["message"]
+    if ours := _OURS.fullmatch(last):
+        last = "" if ours["level"] == "INFO" else ours["message"]
+    return last[:LONGEST_WORDS]
 
 
 def words_since(log: Path, started: float) -> str:

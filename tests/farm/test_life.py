@@ -161,6 +161,53 @@ def test_a_slot_without_a_worker_cannot_be_drained() -> None:
         assert farm.states() == {"w1": "ready"}
 
 
+def test_a_slot_that_nobody_wants_any_more_does_not_end_a_farm() -> None:
+    with new_farm(workers="count = 1") as farm:
+        farm.run("up")
+        port = json.loads((farm.state / "plan.json").read_text())["slots"][1]["port"]
+        with socket.create_server(("127.0.0.1", port)):
+            assert "its port is taken" in farm.run("scale", "2", expect=1).stderr
+        farm.run("scale", "1")
+        farm.run("drain", "w1")
+        farm.run("up")
+        assert farm.states() == {"w1": "stopped"}
+        assert "w3 has no worker to restart" in farm.run("restart", "w3", expect=3).stderr
+        farm.run("restart", "w1")
+        assert farm.states() == {"w1": "ready"}
+
+
+def test_a_count_and_a_maximum_that_change_together() -> None:
+    with new_farm(foreign(port := free_port(), workers="count = 1")) as farm:
+        farm.port = port
+        farm.run("up")
+        text = foreign(port, workers="count = 2")
+        farm.configure(text.replace("max = 4", "max = 5"))
+        farm.run("up")
+        assert set(farm.states().values()) == {"ready"}
+        assert len(farm.states()) == 2
+
+
+def test_a_killed_farm_takes_a_count_that_has_changed_since() -> None:
+    with new_farm(workers="count = 2") as farm:
+        farm.run("up")
+        farm.run("scale", "3")
+        os.kill(farm.pid_of("launcher.processes.supervising"), signal.SIGKILL)
+        farm.run("up")
+        assert len(farm.states()) == 3, "a wish lasts until `down`"
+        os.kill(farm.pid_of("launcher.processes.supervising"), signal.SIGKILL)
+        farm.configure(foreign(farm.port, workers="count = 1"))
+        farm.run("up")
+        assert len(farm.states()) == 1, "the configuration's is the newer wish"
+
+
+def test_another_host_on_the_running_farms_port_is_refused_with_the_reason() -> None:
+    with new_farm(workers="count = 1") as farm:
+        farm.run("up")
+        told = farm.run("up", "--host", "0.0.0.0", expect=2).stderr
+        assert "this farm's own nginx is in the way" in told
+        assert "gpufarm down" in told
+
+
 def test_a_command_that_is_not_there_is_told() -> None:
     with new_farm() as farm:
         text = (farm.folder / "gpufarm.toml").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -176,6 +177,26 @@ def test_a_stream_comes_through_as_it_is_made() -> None:
                 received += chunk
         assert b"3" in received
         assert arrivals[-1] - arrivals[0] > 0.6
+
+
+def test_who_ends_a_measurement_ends_its_worker() -> None:
+    with new_farm() as farm:
+        of_class(farm, "models:Work", "count = 1")
+        text = (farm.folder / "gpufarm.toml").read_text()
+        long = 'requests = [{path = "/predict", json = {seconds = 12}}]'
+        farm.configure(text.replace('bytes = "64MiB"', long))
+        with subprocess.Popen(
+            farm.command("plan", "--measure"),
+            cwd=farm.folder,
+            env=farm.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            until((farm.state / "measure-worker.json").exists, "it measures")
+            process.terminate()
+            assert process.wait(60) == 128 + signal.SIGTERM
+        assert farm.processes() == []
+        assert not (farm.state / "measure-worker.json").exists()
 
 
 def test_an_unknown_footprint_is_measured_once(tmp_path: Path) -> None:
