@@ -81,7 +81,8 @@ def measure_footprint(
     for place in places_to_measure(devices, limits(settings)):
         key = key_of(settings, place)
         footprint = None if again else store.find(key)
-        if footprint is None and found and not _could_hold(place, max(found, key=_peak), settings):
+        too_small = found and not _could_hold(place, Footprint.covering(found), settings)
+        if footprint is None and too_small:
             continue  # it gets no worker anyway
         if footprint is None:
             progress(f"measuring the footprint of one worker on {place.name}")
@@ -89,10 +90,6 @@ def measure_footprint(
             store.put(key, footprint)
         found.append(footprint)
     return Footprint.covering(found)
-
-
-def _peak(footprint: Footprint) -> int:
-    return footprint.peak
 
 
 def _measured(settings: Settings, device: Device, start: Start, progress: Progress) -> Footprint:
