@@ -63,8 +63,8 @@ def arithmetic(row: DevicePlan, footprint: Footprint) -> str:
     if row.fits == 0:
         short = footprint.peak - row.budget
         return (
-            f"{_size(row.budget)} usable, and the first worker needs {_size(footprint.peak)}: "
-            f"{_size(short)} too little"
+            f"{_size(row.budget)} usable of {_size(row.device.free)} free, {_size(row.headroom)} "
+            f"headroom; the first worker needs {_size(footprint.peak)}: {_size(short)} too little"
         )
     free = f"{_size(row.device.free)} free - {_size(row.headroom)} headroom"
     if row.budget < row.device.free - row.headroom:
@@ -105,7 +105,7 @@ def conclusion(plan: Plan) -> str:
 def _device_table(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("Device", overflow="fold")
-    titles = ("Total", "Free now", "Headroom", "Usable", "Workers", "Left", "Next needs")
+    titles = ("Total", "Free now", "Usable", "Workers", "Left", "Next needs")
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     several = len(plan.devices) > 1
@@ -115,7 +115,6 @@ def _device_table(plan: Plan) -> Table:
             Text(f"{row.device.index} {row.device.name}" if several else row.device.name),
             _size(row.device.total),
             _size(row.device.free),
-            _size(row.headroom),
             _size(row.budget),
             str(row.workers),
             _size(row.left),
