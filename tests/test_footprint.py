@@ -356,5 +356,5 @@ def test_a_worker_that_the_kernel_ended_does_not_fit(
     state = StateDir(settings.state_dir)
     counts = iter([2, 3])
     monkeypatch.setattr("launcher.planning.host.killed_for_memory", lambda: next(counts))
-    with pytest.raises(DoesNotFit, match=r"memory ran out .* free some, or raise the memory limit"):
+    with pytest.raises(DoesNotFit, match=r"memory ran out; free some, or raise the memory limit"):
         measure_footprint(settings, [cpu_device(read_host())], state, lone_start(settings, state))

@@ -110,10 +110,10 @@ def _measured(settings: Settings, device: Device, start: Start, progress: Progre
         )
     except MeasureError as error:
         if hosts.killed_for_memory() > killed_before:
-            free = format_size(read_host(settings).ram_free or 0)
+            total = format_size(read_host(settings).ram_total or 0)
             raise DoesNotFit(
-                f"one worker does not fit: the kernel ended a process of it because memory ran "
-                f"out (now {free} of RAM are free); free some, or raise the memory limit"
+                f"one worker does not fit into {total} of RAM: the kernel ended a process of it "
+                f"because memory ran out; free some, or raise the memory limit"
             ) from error
         if device.is_gpu:  # there may be others
             raise MeasureError(f"on {device.name}: {error}") from None
