@@ -81,13 +81,15 @@ def running_master(prefix: Path) -> int | None:
     return None
 
 
+def _pids() -> list[int]:
+    """Of all processes that there are."""
+    return [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit()]
+
+
 def members(master: Master, prefix: Path) -> list[int]:
     """The living processes of a recorded nginx: never a stranger that got its numbers later."""
     found, inside = [], f"{prefix.resolve()}/"
-    for entry in PROC.iterdir():
-        if not entry.name.isdigit():
-            continue
-        pid = int(entry.name)
+    for pid in _pids():
         try:
             if os.getpgid(pid) != master.pid or pid == os.getpid():
                 continue
@@ -118,12 +120,10 @@ def all_members(prefix: Path) -> list[int]:
 
 def _titled(prefix: Path) -> set[int]:
     found = set()
-    for entry in PROC.iterdir():
-        try:
-            if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(b"nginx: "):
-                found.add(int(entry.name))
-        except OSError:
-            continue
+    for pid in _pids():
+        with contextlib.suppress(OSError):
+            if (PROC / str(pid) / "cmdline").read_bytes().startswith(b"nginx: "):
+                found.add(pid)
     # Not all below the prefix: another farm's may lie inside of it.
     logs = f"{prefix.resolve()}/{ERROR_LOG.rpartition('/')[0]}/nginx-"
     return {pid for pid in found if start_ticks(pid) and _holds(pid, logs)}

@@ -13,9 +13,14 @@ from contextlib import suppress
 from types import FrameType
 
 from launcher.command.cli import app
-
-DONE, FAILED, BAD_CONFIGURATION, DOES_NOT_FIT, NOT_RUNNING = 0, 1, 2, 3, 4
-INTERRUPTED = 130
+from launcher.command.codes import (
+    BAD_CONFIGURATION,
+    DOES_NOT_FIT,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    NOT_RUNNING,
+)
 
 
 def _exit_code(error: Exception) -> int | None:

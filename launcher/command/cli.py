@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from launcher.command.codes import DONE, FAILED
+
 if TYPE_CHECKING:
     from launcher.command.client import Client
     from launcher.configuration.config import Settings
     from launcher.configuration.state import StateDir
     from launcher.processes.farm import Farm
-
-DONE, FAILED, BAD_CONFIGURATION, DOES_NOT_FIT, NOT_RUNNING = 0, 1, 2, 3, 4
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="gpufarm",

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from launcher.command import report
+from launcher.command.codes import DOES_NOT_FIT, DONE, FAILED
 from launcher.configuration.config import Settings
 from launcher.configuration.sizes import format_size, parse_size
 from launcher.configuration.sources import ConfigError
@@ -22,8 +23,6 @@ from launcher.planning.plan import Plan
 
 if TYPE_CHECKING:
     from launcher.processes.farm import Farm
-
-DONE, FAILED, DOES_NOT_FIT = 0, 1, 3
 
 UNKNOWN = (
     "The footprint of one worker is not known yet. To measure it, run `gpufarm plan --measure` "

@@ -340,18 +340,18 @@ def _refusal(plan: Plan, count: int) -> str:
     rows = ", ".join(_row(row.device, row.budget, row.headroom) for row in plan.devices)
     remedy = f"ask for {most}"
     if most == 0:
-        stated = any(_is_stated(row.device, row.budget, row.headroom) for row in plan.devices)
+        stated = any(is_stated(row.device, row.budget, row.headroom) for row in plan.devices)
         remedy = "raise budget.memory" if stated else MORE_ROOM
     return f"{asked}: memory allows {most} ({need}; {rows}); {remedy}"
 
 
-def _is_stated(device: Device, budget: int, headroom: int) -> bool:
+def is_stated(device: Device, budget: int, headroom: int) -> bool:
     """Whether budget.memory allows less than is free."""
     return budget < device.free - headroom
 
 
 def _row(device: Device, budget: int, headroom: int) -> str:
-    if _is_stated(device, budget, headroom):
+    if is_stated(device, budget, headroom):
         return f"{device.name}: {format_size(budget)} usable, as budget.memory says"
     return (
         f"{device.name}: {format_size(budget)} usable of {format_size(device.free)} free, "
