@@ -44,8 +44,8 @@ class BalancerConfig:
     port: int
     upstreams: tuple[Upstream, ...]
     """Every slot, also the empty ones: a port on which nobody listens costs one refused connect."""
-    admin_port: int
-    """Where the whole farm's /readyz, /health and /metrics are answered, on 127.0.0.1."""
+    admin_socket: Path
+    """The Unix socket where the whole farm's /readyz, /health and /metrics are answered."""
     prefix: Path
     """nginx's own directory; it writes nowhere else."""
     version: tuple[int, ...]
@@ -137,6 +137,13 @@ def address(host: str, port: int) -> str:
     return f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}"
 
 
+def unix_address(path: Path) -> str:
+    """A Unix socket as nginx's `server` wants it. Raises ValueError for what it cannot read."""
+    if re.search(r"[\x00-\x1f;{}$\"'\\#:]", str(path)):
+        raise ValueError(f"{path}: nginx cannot read a socket's path with such characters")
+    return f'"unix:{path}"'
+
+
 def listening(prefix: Path) -> tuple[str, int]:
     """Host and port of the configuration that was written below ``prefix``."""
     match = re.search(r"^\s*listen (\S+):(\d+) ", (prefix / CONF).read_text(), re.MULTILINE)
@@ -158,6 +165,7 @@ def render(config: BalancerConfig) -> str:
     return environment.get_template("nginx.conf.j2").render(
         config=config,
         listen=address(config.host, config.port),
+        admin=unix_address(config.admin_socket),
         answers=error_answers(config),
         status_paths=STATUS_PATHS,
         internal=INTERNAL,

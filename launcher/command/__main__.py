@@ -32,6 +32,7 @@ def _exit_code(error: Exception) -> int | None:
     from launcher.configuration.state import StateError
     from launcher.planning.footprint import MeasureError
     from launcher.planning.plan import DoesNotFit
+    from launcher.processes.orphans import StillRunningError
     from launcher.processes.supervisor import SupervisorError
 
     if isinstance(error, RefusedError):
@@ -48,6 +49,7 @@ def _exit_code(error: Exception) -> int | None:
         (MeasureError, FAILED),
         (StateError, FAILED),
         (SupervisorError, FAILED),
+        (StillRunningError, FAILED),
     )
     return next((code for kind, code in codes if isinstance(error, kind)), None)
 

@@ -5,25 +5,24 @@ from __future__ import annotations
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
+
 from balancer import processes as nginx_processes
-from launcher.command.bringing_down import (
-    end_leftovers,
-    end_unrecorded,
-    remove_traces,
-    shut_down,
-)
-from launcher.command.client import AwayError, Client, serves
+from balancer.configuration import listening
+from launcher.command.bringing_down import remove_traces, shut_down, stop_seconds
+from launcher.command.client import AwayError, Client, answers, serves
 from launcher.command.settling import Say, check_port, make_plan
 from launcher.configuration.config import ConfigError, Settings
 from launcher.configuration.state import StateDir, read_json, write_json
 from launcher.planning.plan import Plan
+from launcher.planning.sampling import tree_pss
 from launcher.processes import farm as farms
-from launcher.processes import ports, supervisor
-from launcher.processes.farm import Farm
+from launcher.processes import launch, orphans, ports, supervisor
+from launcher.processes.farm import Farm, Generation
 from launcher.processes.last_words import last_line
 from launcher.processes.supervisor import Supervisor
 
@@ -45,82 +44,87 @@ class Up:
 
     settings: Settings
     state: StateDir
-    count: int | None
-    """Asked for on the command line; None: keep what a running farm has."""
     say: Say
+    replace_other: bool = False
+    """A running farm of another configuration file may be replaced."""
     child: subprocess.Popen[bytes] | None = None
     """supervisord, where this run started it."""
     farm: Farm | None = None
     """What is being started, as soon as it has processes."""
 
     def bring_up(self) -> Farm:
-        """Start the farm, or bring the running one to the configuration; workers may still load.
+        """Start the farm, or have the running one take this configuration; workers may still load.
 
         Raises ConfigError, DoesNotFit, UpError and what its parts raise.
         """
         running = farms.load(self.state)
-        if running is not None and Supervisor(running.socket).alive():
+        if running is not None and answers(running):
             return self._refresh(running)
-        self._clean(running)
+        left = orphans.leftovers(self.state.path)
         try:
-            return self._start(running.settings if running else None)
+            return self._start(running, left)
         except BaseException:
-            if self.farm is None:  # nothing runs, so nothing is to be left
+            if self.farm is None and not left:  # nothing runs, so nothing is to be left
                 remove_traces(self.state)
             raise
 
-    def _tell_what(self) -> None:
+    def _announce(self) -> None:
         file, model = self.settings.config_file, self.settings.model
-        told = f"as {file} says" if file else "there is no gpufarm.toml here"
-        self.say(f"serving {model.name} ({model.target or 'model.command'}), {told}")
+        source = f"from {file}" if file else "there is no gpufarm.toml here"
+        self.say(f"serving {model.name} ({model.target or 'model.command'}), {source}")
 
-    def _clean(self, running: Farm | None) -> None:
-        """End what a killed supervisor has left, or a farm whose records were lost."""
-        if running is None:
-            count = end_unrecorded(self.state)
-        else:
-            count = end_leftovers(self.state, running.settings.workers.request_timeout)
-        if count:
-            self.say(f"ended what an earlier farm had left behind ({count} processes)")
-
-    def _start(self, before: Settings | None) -> Farm:
-        """``before``: the settings of a farm that was killed here."""
-        check_port(self.settings)
-        self._tell_what()
-        plan = make_plan(self.settings, self.state, self.say)
-        block = self._ports(self.state.ports())
+    def _start(self, before: Farm | None, left: Sequence[psutil.Process]) -> Farm:
+        """Start a farm. ``before``: what was recorded of one that was killed here; ``left``: its
+        processes, which serve until everything that could be refused has been looked at."""
+        if not self._has_port_already():
+            check_port(self.settings)
+        self._announce()
+        held = Counter({"cpu": sum(tree_pss(process.pid) for process in left)})
+        plan = make_plan(self.settings, self.state, self.say, held if left else None)
+        block = self._ports(self.state.ports(), left)
         self.state.record_ports(block)
-        farm = Farm(
-            state=self.state,
+        generation = Generation(
+            number=1 + max((g.number for g in before.generations), default=0) if before else 1,
             settings=self.settings,
-            plan=plan.with_ports(block[1:]),
-            admin_port=block[0],
-            socket=self.state.runtime() / supervisor.SOCKET,
+            plan=plan.with_ports(block),
+            sources=launch.sources_digest(self.settings),
         )
-        self._keep_wishes(plan, before)
+        self.state.runtime()
+        farm = Farm(self.state, generation, block)
+        self._keep_desired(before)
         farms.render(farm)
+        farms.save_generation(self.state, generation)
+        for slot in generation.plan.slots:
+            farms.write_launch(farm, generation, slot)
         farms.save(farm)
+        if left:
+            grace = stop_seconds(before) if before else stop_seconds(farm)
+            count = orphans.clean(self.state.path, grace)
+            self.say(f"ended what an earlier farm had left behind ({count} processes)")
         self._spawn(farm)
         return farm
 
-    def _keep_wishes(self, plan: Plan, before: Settings | None) -> None:
+    def _has_port_already(self) -> bool:
+        """Whether an nginx that this farm left behind listens on the public address."""
+        if not nginx_processes.all_members(self.state.path):
+            return False
+        try:
+            return listening(self.state.path) == (self.settings.host, self.settings.port)
+        except (OSError, ValueError):
+            return False
+
+    def _keep_desired(self, before: Farm | None) -> None:
         """What was scaled or drained lasts until `down`; what happened to processes does not.
 
-        A count that the configuration has changed since ``before`` is the newer wish.
+        A count that the configuration has changed since ``before`` is newer than an old `scale`.
         """
-        wishes = read_json(self.state.desired_file)
-        if self.count is not None or not isinstance(wishes, dict):
+        desired = read_json(self.state.desired_file)
+        if not isinstance(desired, dict):
             self.state.desired_file.unlink(missing_ok=True)
             return
-        ids = {slot.id for slot in plan.slots}
-        count, drained = wishes.get("count"), wishes.get("drained")
-        if before is not None and before.workers.count != self.settings.workers.count:
-            count = plan.count
-        kept = {
-            "count": min(count if isinstance(count, int) else plan.count, plan.capacity),
-            "drained": [id_ for id_ in drained if id_ in ids] if isinstance(drained, list) else [],
-        }
-        write_json(self.state.desired_file, kept)
+        changed = before is None or _count(before.settings) != _count(self.settings)
+        count = None if changed else desired.get("count")
+        write_json(self.state.desired_file, {"count": count, "drained": desired.get("drained")})
 
     def _spawn(self, farm: Farm) -> None:
         self.farm = farm
@@ -129,7 +133,7 @@ class Up:
             self.child = subprocess.Popen(
                 supervisor.command(self.state.path),
                 cwd=self.state.path,
-                env=supervisor.environment(),
+                env=supervisor.environment(self.state.path),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -145,66 +149,91 @@ class Up:
             time.sleep(POLL / 4)
 
     def _refresh(self, running: Farm) -> Farm:
-        """Bring a running farm to the configuration, without a gap where that is possible."""
+        """Have a running farm take this configuration, without a gap where that is possible.
+
+        Nothing is applied before the whole change is known to be possible.
+        """
         old, new = running.settings, self.settings
-        if old.config_file and not new.config_file and old.model != new.model:
-            raise ConfigError(
-                f"the farm that runs was started from {old.config_file}, and there is no such file "
-                f"here: name it with --config, or end that farm with `gpufarm down` first"
-            )
+        self._check_identity(old)
         if (old.host, old.port) != (new.host, new.port):
             check_port(new, old)
         if new.port in self.state.ports():
             raise ConfigError(
                 f"port = {new.port} is kept for this farm's workers; choose another with --port"
             )
-        self._tell_what()
-        plan, admin_port = running.plan, running.admin_port
+        self._announce()
+        plan = running.plan
         if old.planned_from != new.planned_from:
-            plan, admin_port = self._replan(running)
-        farm = replace(running, settings=new, plan=plan, admin_port=admin_port)
-        changes = farms.render(farm)
-        farms.save(farm)
-        if changes.supervisor:
-            self.say("the supervisor's file has changed: the farm is started anew")
-            shut_down(running)
-            self._keep_wishes(plan, old)
-            self._spawn(farm)
-            return farm
-        if changes.balancer and nginx_processes.reload(self.state.path):
-            self.say("nginx has taken its new configuration")
-        client = Client(farm)
-        retried(client.reload)
-        count = self.count
-        if count is None and old.workers.count != new.workers.count:
-            count = plan.count
-        if count is not None:
-            for warning in client.scale(count).get("warnings", []):
-                self.say(f"warning: {warning}")
+            plan = self._replan(running)
+        block = ports.extend(self.state.path, running.ports, new.workers.max, public=new.port)
+        generation = Generation(
+            number=1 + max(generation.number for generation in running.generations),
+            settings=new,
+            plan=plan.with_ports(block),
+            sources=launch.sources_digest(new),
+        )
+        if generation.sources != running.current.sources and plan is running.plan:
+            self.say("the model's files have changed: its workers are replaced")
+        if generation.same_as(running.current):
+            farm = replace(running, candidate=None)
+        else:
+            farm = replace(running, candidate=generation, ports=block)
+            farms.save_generation(self.state, generation)
+            self.state.record_ports(block)
+        self.apply(farm)
+        follow = _count(old) != _count(new)
+        number = farm.generations[-1].number
+        view = retried(lambda: Client(farm).roll_out(number, follow))
+        self._say_count(view, plan.count)
         return farm
 
-    def _replan(self, running: Farm) -> tuple[Plan, int]:
-        """A plan for what a running farm may use: what is free, and what its workers hold.
+    def _check_identity(self, old: Settings) -> None:
+        """Raises ConfigError where the running farm was started from another file."""
+        new = self.settings
+        same = old.config_file == new.config_file
+        if same and (new.config_file or old.model == new.model):
+            return
+        if self.replace_other:
+            return
+        files = [str(file) if file else "no file" for file in (old.config_file, new.config_file)]
+        raise ConfigError(
+            f"the farm that runs in {self.state.path} was started from {files[0]}, and this "
+            f"configuration comes from {files[1]}: replace it with --replace, or start a second "
+            f"farm with --state-dir"
+        )
 
-        With it the controller's port: a larger `workers.max` may need another block, and then the
-        supervisor's file changes as well and everything is started anew.
-        """
+    def _say_count(self, view: dict[str, Any], configured: int) -> None:
+        if view["count_from"] == "scale" and view["count"] != configured:
+            self.say(
+                f"workers: {view['count']}, as `gpufarm scale` asked; the configuration gives "
+                f"{configured}, which `gpufarm scale auto` brings back"
+            )
+
+    def apply(self, farm: Farm) -> None:
+        """Write what supervisord and nginx read, and let them take it over as they run."""
+        changes = farms.render(farm)
+        if changes.supervisor:
+            control = Supervisor(farm.socket)
+            control.update()
+            control.restart("controller")
+            self.say("the supervisor has taken over its new file")
+        if changes.balancer and nginx_processes.reload(self.state.path):
+            self.say("nginx has taken its new configuration")
+
+    def _replan(self, running: Farm) -> Plan:
+        """A plan for what a running farm may use: what is free, and what its workers hold."""
         held: Counter[str] = Counter()
         for worker in retried(Client(running).workers)["workers"]:
             # Where the driver does not tell whose memory it is, a worker has what was measured.
             expected = running.plan.footprint.steady if worker["pid"] else 0
             held[worker["device"]] += worker["memory_bytes"] or expected
-        plan = make_plan(self.settings, self.state, self.say, held)
-        block = self.state.ports()
-        if self.settings.workers.max >= len(block):
-            block = self._ports()
-            self.state.record_ports(block)
-        return plan.with_ports(block[1:]), block[0]
+        return make_plan(self.settings, self.state, self.say, held)
 
-    def _ports(self, recorded: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """The controller's port and the slots'."""
-        settings = self.settings
-        size, public = settings.workers.max + 1, settings.port
+    def _ports(self, recorded: tuple[int, ...], left: Sequence[psutil.Process]) -> tuple[int, ...]:
+        """The slots' ports. Those of an earlier farm's leftovers are theirs until they end."""
+        size, public = self.settings.workers.max, self.settings.port
+        if left and recorded:
+            return ports.extend(self.state.path, recorded, size, public=public)
         return ports.choose(self.state.path, size, recorded, public=public)
 
     def wait_or_end(self, farm: Farm) -> dict[str, Any]:
@@ -214,21 +243,23 @@ class Up:
         except UpError as error:
             if self.child is None or serves(farm):
                 raise
-            shut_down(farm)
-            remove_traces(farm.state)
+            with self.state.lock(wait=CONTROLLER_SECONDS):
+                shut_down(farm)
+                remove_traces(farm.state)
             raise UpError(f"{error}; nothing was left running") from None
 
     def wait(self, farm: Farm) -> dict[str, Any]:
-        """Wait until every worker is ready, telling what happens. Returns `GET /workers`.
+        """Wait until every worker is ready, reporting what happens. Returns `GET /workers`.
 
         Raises UpError when a worker is given up, or when the deadline passes.
         """
         client = Client(farm)
-        wanted = max(1, farm.plan.count, self.count or 0)
+        settings = [generation.settings.workers for generation in farm.generations]
         # A worker that is to be replaced may have a request to finish first.
-        each = self.settings.workers.load_timeout + self.settings.workers.request_timeout
-        deadline = time.monotonic() + CONTROLLER_SECONDS + START_GRACE + wanted * each
-        told = Teller(self.say)
+        each = max(one.load_timeout + one.request_timeout for one in settings)
+        count = max(generation.plan.capacity for generation in farm.generations)
+        deadline = time.monotonic() + CONTROLLER_SECONDS + START_GRACE + max(1, count) * each
+        reporter = Reporter(self.say)
         away_since = time.monotonic()
         while time.monotonic() < deadline:
             if self.child is not None and self.child.poll() is not None:
@@ -236,49 +267,66 @@ class Up:
             try:
                 view = client.workers()
             except AwayError as error:
+                if not self.state.farm_file.exists():
+                    raise UpError("the farm was stopped by another command") from None
                 if time.monotonic() - away_since > CONTROLLER_SECONDS:
                     raise UpError(f"{error}; see {self.state.logs / 'controller.log'}") from None
                 time.sleep(POLL)
                 continue
             away_since = time.monotonic()
-            told.tell(view)
+            reporter.report(view)
             if view["settled"]:
                 return judged(view)
             time.sleep(POLL)
         raise UpError("the workers are not ready in time; see `gpufarm ps` and `gpufarm logs`")
 
+    def finish(self) -> None:
+        """After a rollout: nginx and supervisord hold what both generations needed until now."""
+        with self.state.lock(wait=CONTROLLER_SECONDS):
+            farm = farms.load(self.state)
+            if farm is not None and farm.candidate is None:
+                self.apply(farm)
+
+
+def _count(settings: Settings) -> object:
+    return settings.workers.count
+
 
 @dataclass
-class Teller:
-    """Tells each change of a worker once."""
+class Reporter:
+    """Reports each change of a worker once."""
 
     say: Say
-    states: dict[str, str] | None = None
+    states: dict[str, tuple[str, str]] | None = None
 
-    def tell(self, view: dict[str, Any]) -> None:
+    def report(self, view: dict[str, Any]) -> None:
         before = self.states or {}
         for worker in view["workers"]:
-            id_, state = worker["id"], worker["state"]
-            if before.get(id_) == state:
+            id_, state, error = worker["id"], worker["state"], worker["error"] or ""
+            if before.get(id_) == (state, error):
                 continue
             if state == "ready" and id_ in before and worker["ready_seconds"] is not None:
                 self.say(f"{id_} is ready after {worker['ready_seconds']:.1f} s")
-            elif state == "starting":
+            elif state == "starting" and before.get(id_, ("", ""))[0] != state:
                 self.say(f"{id_} is starting on {worker['device']}")
-            elif state == "stopped" and worker["error"]:
-                self.say(f"{worker['error']}")
-        self.states = {worker["id"]: worker["state"] for worker in view["workers"]}
+            elif state == "stopped" and error:
+                self.say(error)
+        self.states = {
+            worker["id"]: (worker["state"], worker["error"] or "") for worker in view["workers"]
+        }
 
 
 def judged(view: dict[str, Any]) -> dict[str, Any]:
-    """A settled farm's view. Raises UpError where a worker or a restart was given up."""
+    """A settled farm's view. Raises UpError where a worker or a rollout was given up."""
     failed: dict[str, list[str]] = {}
     for worker in view["workers"]:
-        if worker["state"] == "failed" and worker["wanted"]:
+        if worker["gave_up"] and worker["wanted"] and worker["error"]:
             why = worker["error"].removeprefix(worker["id"]).strip()
             failed.setdefault(why, []).append(worker["id"])
     if failed:
         raise UpError("; ".join(f"{', '.join(ids)} {why}" for why, ids in failed.items()))
+    if failure := view["generation"]["failure"]:
+        raise UpError(f"{failure}; the configuration of before stays in force")
     if view["restart"]["error"]:
         raise UpError(view["restart"]["error"])
     return view

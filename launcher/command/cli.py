@@ -94,6 +94,9 @@ def up(
     foreground: Annotated[
         bool, typer.Option("--foreground", "-f", help="Stay, and print all logs: for containers.")
     ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace a running farm of another file.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Start the farm, or bring the running one to its file.
@@ -108,19 +111,22 @@ def up(
         config, state_dir=state_dir, host=host, port=port, workers__count=workers
     )
     state = StateDir(settings.state_dir).create()
-    asked = settings.workers.count if workers is not None else None
-    count = asked if isinstance(asked, int) else None
     if foreground:
         from launcher.command.foreground import stay
 
-        raise typer.Exit(
-            stay(Up(settings, state, count, lambda line: print(f"gpufarm | {line}", flush=True)))
-        )
-    with progress("bringing the farm up") as say, state.lock():
-        run = Up(settings, state, count, say)
+        run = Up(settings, state, lambda line: print(f"gpufarm | {line}", flush=True), replace)
+        raise typer.Exit(stay(run))
+    with progress("bringing the farm up") as say:
+        run = Up(settings, state, say, replace)
         try:
-            farm = run.bring_up()
-            view = run.wait_or_end(farm)
+            with state.lock():
+                farm = run.bring_up()
+            # Other commands may go on while the workers load: `down` above all.
+            try:
+                view = run.wait_or_end(farm)
+            finally:
+                if len(farm.generations) > 1:
+                    run.finish()
         except KeyboardInterrupt:
             if run.farm is not None:
                 say("interrupted; the farm goes on starting: see `gpufarm ps`, or `gpufarm down`")
@@ -210,17 +216,27 @@ def plan(
 
 @app.command()
 def scale(
-    count: Annotated[int, typer.Argument(min=0, metavar="N", help="How many workers.")],
+    count: Annotated[str, typer.Argument(metavar="N|auto", help="How many workers.")],
     config: ConfigFile = None,
     state_dir: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Have N workers; it lasts until `down`."""
+    """Have N workers; it lasts until `down`.
+
+    `auto` brings back what the configuration says.
+    """
+    from launcher.command.bringing_up import UpError
+    from launcher.configuration.config import ConfigError
+
+    if count != "auto" and not count.isdecimal():
+        raise ConfigError(f"{count}: must be a whole number from 0, or auto")
     farm, client = running(config, state_dir)
-    warnings = client.scale(count)["warnings"]
-    for warning in warnings:
+    view = client.scale(count if count == "auto" else int(count))
+    for warning in view["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    settle(farm, as_json)
+    asked, now = view["count"], settle(farm, as_json)["count"]
+    if asked != now:
+        raise UpError(f"asked for {asked} workers, but another command has set {now} meanwhile")
 
 
 @app.command()
@@ -255,14 +271,15 @@ def restart(
     settle(farm, as_json)
 
 
-def settle(farm: Farm, as_json: bool) -> None:
+def settle(farm: Farm, as_json: bool) -> dict[str, Any]:
     """Wait until what was asked for has happened, and show the result."""
     from launcher.command.bringing_up import Up
     from launcher.command.progress import progress
 
     with progress("waiting for the workers") as say:
-        view = Up(farm.settings, farm.state, None, say).wait(farm)
+        view = Up(farm.settings, farm.state, say).wait(farm)
     show(farm, view, as_json)
+    return view
 
 
 @app.command()

@@ -12,6 +12,7 @@ from launcher.processes import farm as farms
 from launcher.processes import orphans
 from launcher.processes.farm import Farm
 from launcher.processes.supervisor import Supervisor
+from launcher.processes.unix_http import UnixConnection
 
 TIMEOUT = 30.0
 BACK_SECONDS = 5.0
@@ -37,7 +38,7 @@ class Client:
     """The controller's HTTP interface."""
 
     def __init__(self, farm: Farm) -> None:
-        self._port = farm.admin_port
+        self._path = farm.admin_socket
 
     def workers(self) -> dict[str, Any]:
         return self._ask("GET", "/workers")
@@ -45,7 +46,8 @@ class Client:
     def plan(self) -> dict[str, Any]:
         return self._ask("GET", "/plan")
 
-    def scale(self, count: int) -> dict[str, Any]:
+    def scale(self, count: int | str) -> dict[str, Any]:
+        """``count``: a number, or "auto" for what the configuration says."""
         return self._ask("PUT", "/workers", {"count": count})
 
     def drain(self, id_: str) -> dict[str, Any]:
@@ -54,11 +56,12 @@ class Client:
     def restart(self, id_: str | None) -> dict[str, Any]:
         return self._ask("POST", f"/workers/{id_}/restart" if id_ else "/restart")
 
-    def reload(self) -> dict[str, Any]:
-        return self._ask("POST", "/reload")
+    def roll_out(self, generation: int, follow: bool) -> dict[str, Any]:
+        """Take up a generation; ``follow``: its count supersedes an earlier `scale`."""
+        return self._ask("POST", "/rollout", {"generation": generation, "follow": follow})
 
     def _ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=TIMEOUT)
+        connection = UnixConnection(self._path, TIMEOUT)
         try:
             text = None if body is None else json.dumps(body)
             self._connect(connection)
@@ -74,21 +77,21 @@ class Client:
         return dict(data)
 
     @staticmethod
-    def _connect(connection: http.client.HTTPConnection) -> None:
+    def _connect(connection: UnixConnection) -> None:
         """A controller that died is back within a second or two; nothing was sent yet."""
         deadline = time.monotonic() + BACK_SECONDS
         while True:
             try:
                 connection.connect()
                 return
-            except ConnectionRefusedError:
+            except (ConnectionRefusedError, FileNotFoundError):
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)
 
 
 def serves(farm: Farm) -> bool:
-    """Whether a worker is ready. True as well where the controller is away: then nobody knows."""
+    """Whether a worker is ready. True as well where the controller is away and cannot say."""
     try:
         workers = Client(farm).workers()["workers"]
     except AwayError:
@@ -106,9 +109,20 @@ def running_farm(state: StateDir) -> Farm:
         )
     if farm is None:
         raise NotRunningError(f"no farm is running in {state.path}; start one with `gpufarm up`")
-    if not Supervisor(farm.socket).alive():
+    if not answers(farm):
         raise NotRunningError(
             f"the farm in {state.path} has no supervisor: it is just starting or stopping, or it "
             f"was killed; `gpufarm up` brings it back, `gpufarm down` ends what is left"
         )
     return farm
+
+
+def answers(farm: Farm) -> bool:
+    """Whether the farm's supervisor answers; one that lost its socket makes another in a moment."""
+    control = Supervisor(farm.socket)
+    deadline = time.monotonic() + BACK_SECONDS
+    while not control.alive():
+        if time.monotonic() > deadline or not orphans.supervisors_of(farm.state.path):
+            return False
+        time.sleep(0.1)
+    return True

@@ -49,7 +49,7 @@ def print_workers(view: Mapping[str, Any], out: Console) -> None:
 
 def curl_line(farm: Farm, view: Mapping[str, Any]) -> str:
     """A command that makes the farm do something."""
-    if farm.foreign:
+    if farm.is_external:
         return f"curl {farm.url}{farm.settings.model.ready_url}"
     told = [worker.get("health") or {} for worker in view["workers"]]
     if any("sample_rate" in health or health.get("voices") for health in told):

@@ -112,7 +112,7 @@ def _proxy(folder: Path, upstream: int, farm: Farm | None) -> Iterator[int]:
         host="127.0.0.1",
         port=port,
         upstreams=(Upstream("sentinel", upstream),),
-        admin_port=upstream,
+        admin_socket=folder / "admin.sock",
         prefix=folder,
         version=version,
         processes=1,

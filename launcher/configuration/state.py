@@ -1,7 +1,7 @@
 """The state directory: where a farm keeps its files, one farm a directory.
 
-Everything in it belongs to one user (0700). Sockets live in a short runtime directory, since the
-path of a Unix socket may not exceed some 104 bytes.
+Everything in it belongs to one user (0700). Sockets lie in it too where its path is short enough:
+that of a Unix socket may not exceed some 104 bytes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import socket
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 
 SOCKET_PATH_LIMIT = 104
 """Bytes that a Unix socket's path may have, by the strictest system (Linux: 107)."""
+UNREADABLE = re.compile(r"[\x00-\x1f;{}$\"'\\#:]")
+"""What a socket's path in nginx's configuration cannot carry."""
 LONGEST_SOCKET_NAME = len("/supervisor.sock.12345678")
 """supervisord binds ``NAME.PID`` first and renames it."""
 
@@ -42,9 +46,8 @@ class LockedError(StateError):
 class StateDir:
     """A farm's directory. Building one touches nothing; ``create`` does."""
 
-    def __init__(self, path: Path, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path.expanduser().absolute()
-        self._environ = os.environ if environ is None else environ
 
     @property
     def logs(self) -> Path:
@@ -56,12 +59,24 @@ class StateDir:
         return self.path / "cache"
 
     @property
-    def settings_file(self) -> Path:
-        return self.path / "settings.json"
+    def farm_file(self) -> Path:
+        """There from `up` to `down`."""
+        return self.path / "farm.json"
 
     @property
-    def plan_file(self) -> Path:
-        return self.path / "plan.json"
+    def generations(self) -> Path:
+        """One file for each generation of the configuration that is in use."""
+        return self.path / "generations"
+
+    @property
+    def specs(self) -> Path:
+        """What workers are given to read at their start, named by its own digest."""
+        return self.path / "specs"
+
+    @property
+    def slots(self) -> Path:
+        """How each slot's worker is started."""
+        return self.path / "slots"
 
     @property
     def desired_file(self) -> Path:
@@ -83,7 +98,7 @@ class StateDir:
                     f"state_dir = {self.path}: holds other files, and a farm would mix with them; "
                     f"name a new or an empty folder with --state-dir"
                 )
-            for folder in (self.path, self.logs, self.cache):
+            for folder in self._folders():
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if stat.S_IMODE(self.path.stat().st_mode) & 0o077:
                 self.path.chmod(0o700)
@@ -92,6 +107,9 @@ class StateDir:
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise self._refused(PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
         return self
+
+    def _folders(self) -> tuple[Path, ...]:
+        return (self.path, self.logs, self.cache, self.generations, self.specs, self.slots)
 
     def _is_somebody_elses(self) -> bool:
         """Whether the folder is in use for something else: a farm closes its folder to others,
@@ -112,12 +130,16 @@ class StateDir:
         )
 
     def runtime(self) -> Path:
-        """The short, private directory for sockets; made when it is not there.
+        """The short, private directory for sockets; made where it is not there.
 
-        The choice is recorded, since a later command may run without ``XDG_RUNTIME_DIR``.
+        It lives as long as the farm: in the state directory where sockets can be made there, else
+        in /tmp. Never in ``$XDG_RUNTIME_DIR``, which goes away when its user logs out.
         """
         if recorded := self.recorded_runtime():
-            return recorded
+            with suppress(OSError):
+                recorded.mkdir(mode=0o700, exist_ok=True)
+            if _is_private(recorded):
+                return recorded
         folder = self._make_runtime()
         write_text(self._runtime_record, f"{folder}\n")
         return folder
@@ -127,44 +149,53 @@ class StateDir:
         return self.path / "runtime"
 
     def recorded_runtime(self) -> Path | None:
-        """The sockets' directory that was chosen before and is still there.
+        """The sockets' directory that was chosen before, also where it has been removed since.
 
         Where the record was lost it is looked for: its name belongs to this state directory.
         """
         with suppress(OSError, ValueError):
             recorded = Path(self._runtime_record.read_text(encoding="utf-8").strip())
-            if recorded.is_absolute() and _is_private(recorded):
+            if recorded in self._runtimes():
                 return recorded
         return next((folder for folder in self._runtimes() if _is_private(folder)), None)
 
     def _runtimes(self) -> list[Path]:
         """Where the sockets may lie, the best place first."""
         digest = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()[:10]
-        given = self._environ.get("XDG_RUNTIME_DIR")
-        first = [Path(given) / f"gpufarm-{digest}"] if given and Path(given).is_absolute() else []
-        return [*first, Path("/tmp") / f"gpufarm-{os.getuid()}-{digest}"]  # noqa: S108 - checked
+        return [
+            self.path / "run",
+            Path("/tmp") / f"gpufarm-{os.getuid()}-{digest}",  # noqa: S108 - checked
+        ]
 
     def _make_runtime(self) -> Path:
-        problem = ""
+        problems = []
         for folder in self._runtimes():
+            if UNREADABLE.search(str(folder)):
+                problems.append(f"{folder}: has characters that nginx cannot read")
+                continue
             if len(os.fsencode(folder)) + LONGEST_SOCKET_NAME > SOCKET_PATH_LIMIT:
-                problem = f"{folder}: too long for a socket's path"
+                problems.append(f"{folder}: too long for a socket's path")
                 continue
             try:
                 folder.mkdir(mode=0o700, exist_ok=True)
+                if not _is_private(folder):
+                    problems.append(f"{folder}: belongs to another user or is open to others")
+                    continue
+                _try_socket(folder)
             except OSError as error:
-                problem = f"{folder}: {error.strerror}"
+                problems.append(f"{folder}: {error.strerror}")
                 continue
-            if _is_private(folder):
-                return folder
-            problem = f"{folder}: exists and is not a folder of ours alone; remove it"
-        raise StateError(f"no runtime directory for sockets ({problem})")
+            return folder
+        raise StateError(f"no directory for sockets: {'; '.join(problems)}; remove what is there")
 
     def remove_runtime(self) -> None:
-        """Take the sockets' directory away again; nothing happens where there is none."""
+        """Remove the sockets, and their directory where it lies outside of the state directory."""
         folder = self.recorded_runtime()
-        if folder is not None and folder.name.startswith("gpufarm-"):
+        if folder is not None and folder.parent != self.path:
             shutil.rmtree(folder, ignore_errors=True)
+        elif folder is not None:
+            for entry in folder.glob("*.sock*"):
+                entry.unlink(missing_ok=True)
         self._runtime_record.unlink(missing_ok=True)
 
     @contextmanager
@@ -207,6 +238,18 @@ class StateDir:
 
     def record_ports(self, ports: Sequence[int]) -> None:
         write_json(self.ports_file, list(ports))
+
+
+def _try_socket(folder: Path) -> None:
+    """Make a socket and a second name for it, as supervisord does. Raises OSError."""
+    path, second = folder / f"probe.sock.{os.getpid()}", folder / f"probe.sock.{os.getpid()}.2"
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.bind(str(path))
+            os.link(path, second)
+        finally:
+            path.unlink(missing_ok=True)
+            second.unlink(missing_ok=True)
 
 
 def _is_private(folder: Path) -> bool:

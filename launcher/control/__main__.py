@@ -21,7 +21,7 @@ async def serve(farm: Farm) -> None:
     controller = Controller(farm, Supervisor(farm.socket))
     loop = asyncio.create_task(controller.run())
     try:
-        await AdminServer(controller).serve()
+        await AdminServer(controller).serve_on_socket()
     finally:
         loop.cancel()
         with suppress(asyncio.CancelledError):

@@ -1,20 +1,25 @@
-"""The controller's HTTP interface on loopback: what the command line and nginx ask."""
+"""The controller's HTTP interface on a Unix socket: what the command line and nginx ask.
+
+Only this user can reach it (mode 0600, in a private directory). nginx passes three paths on to the
+public: /readyz, /health and /metrics, which tell nothing that a stranger could use.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from launcher.control.controller import Controller, RefusedError
 from launcher.control.metrics import farm_metrics, join
@@ -22,11 +27,13 @@ from launcher.control.observe import device_memory
 from launcher.control.probe import NoAnswerError, get
 from launcher.control.view import view
 
-HOST = "127.0.0.1"
 WORKER_SECONDS = 1.0
-"""How long a worker may take to tell its health; a busy foreign server may not answer at all."""
+"""How long a worker may take to report its health; a busy external server may not answer at all."""
 MEMORY_AGE = 2.0
 """Reading a process's memory costs milliseconds of its page tables, so it is not done at will."""
+SOCKET_CHECK_SECONDS = 1.0
+PUBLIC_REPORT = ("model", "engine", "provider", "dtype", "sample_rate", "voices")
+"""What /health shows of a worker's own report."""
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -37,55 +44,34 @@ def failure(message: str, status: int, code: str) -> JSONResponse:
     return JSONResponse({"error": error}, status_code=status)
 
 
-class LoopbackOnly:
-    """Refuses what a web page could make a browser send: a foreign Host or Origin."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-            origin = headers.get(b"origin")
-            foreign = origin is not None and not _is_loopback(origin)
-            if foreign or not _is_loopback(f"http://{headers.get(b'host', '')}"):
-                answer = failure("only this machine may ask here", 403, "not_loopback")
-                await answer(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def _is_loopback(url: str) -> bool:
-    try:
-        return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-    except ValueError:
-        return False
-
-
 class Admin:
     """The routes over one controller."""
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
-        self._memory: tuple[float, dict[str, int], dict[str, int]] = (float("-inf"), {}, {})
-        """When it was measured, of which pids, and the bytes."""
+        self._memory: tuple[float, dict[str, tuple[int, str]], dict[str, int]] = (
+            float("-inf"),
+            {},
+            {},
+        )
+        """When it was measured, of which processes, and the bytes."""
         self._measuring = asyncio.Lock()
 
-    def app(self) -> ASGIApp:
+    def app(self) -> Starlette:
         routes = [
             Route("/workers", self._guard(self.workers), methods=["GET"]),
             Route("/workers", self._guard(self.scale), methods=["PUT"]),
             Route("/workers/{id}/drain", self._guard(self.drain), methods=["POST"]),
             Route("/workers/{id}/restart", self._guard(self.restart), methods=["POST"]),
             Route("/restart", self._guard(self.restart), methods=["POST"]),
-            Route("/reload", self._guard(self.reload), methods=["POST"]),
+            Route("/rollout", self._guard(self.roll_out), methods=["POST"]),
             Route("/plan", self._guard(self.plan), methods=["GET"]),
             Route("/livez", self._guard(self.livez), methods=["GET"]),
             Route("/readyz", self._guard(self.readyz), methods=["GET"]),
             Route("/health", self._guard(self.health), methods=["GET"]),
             Route("/metrics", self._guard(self.metrics), methods=["GET"]),
         ]
-        return LoopbackOnly(Starlette(routes=routes))
+        return Starlette(routes=routes)
 
     def _guard(self, handler: Handler) -> Handler:
         async def guarded(request: Request) -> Response:
@@ -98,18 +84,29 @@ class Admin:
         return guarded
 
     async def workers(self, request: Request) -> Response:
+        """Everything that is known of every worker."""
         del request
-        return JSONResponse(await self._described())
+        described = view(self._controller)
+        memory = await self._measured()
+        reports = await self._reports()
+        for worker in described["workers"]:
+            worker["memory_bytes"] = memory.get(worker["id"])
+            worker["health"] = reports.get(worker["id"])
+        return JSONResponse(described)
 
     async def scale(self, request: Request) -> Response:
+        """``{"count": N}``, or ``{"count": "auto"}`` for what the configuration says."""
         try:
             count = (await request.json())["count"]
         except (ValueError, KeyError, TypeError):
             count = None
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            return failure('the body must be {"count": N}, N a whole number', 400, "bad_count")
-        warnings = await self._controller.scale(count)
-        return JSONResponse({"count": count, "warnings": list(warnings)})
+        is_number = isinstance(count, int) and not isinstance(count, bool) and count >= 0
+        if not is_number and count != "auto":
+            return failure(
+                'the body must be {"count": N}, N a whole number or "auto"', 400, "bad_count"
+            )
+        warnings = await self._controller.scale(count if is_number else None)
+        return JSONResponse({**view(self._controller), "warnings": list(warnings)})
 
     async def drain(self, request: Request) -> Response:
         await self._controller.drain(request.path_params["id"])
@@ -120,9 +117,10 @@ class Admin:
         await self._controller.restart((id_,) if id_ else ())
         return JSONResponse(view(self._controller))
 
-    async def reload(self, request: Request) -> Response:
-        del request
-        await self._controller.reload()
+    async def roll_out(self, request: Request) -> Response:
+        """``{"generation": N, "follow": bool}``, as `up` has written it."""
+        body = await request.json()
+        await self._controller.roll_out(int(body["generation"]), bool(body["follow"]))
         return JSONResponse(view(self._controller))
 
     async def plan(self, request: Request) -> Response:
@@ -143,13 +141,34 @@ class Admin:
         return JSONResponse(body, status_code=503, headers={"Retry-After": "2"})
 
     async def health(self, request: Request) -> Response:
-        """Every worker's state and what it says of itself; 200 as `readyz`."""
+        """What the public may know: status, model, counts, and the engine in use. 200 as readyz."""
         del request
-        described = await self._described()
+        described = view(self._controller)
+        reports = await self._reports()
         states = [worker["state"] for worker in described["workers"]]
-        ready = states.count("ready")
-        status = "ready" if ready >= described["count"] and ready else "degraded"
-        body = {"status": status if ready else "not ready", "ready": ready, **described}
+        ready, count = states.count("ready"), described["count"]
+        failed = described["generation"]["failure"] is not None
+        status = "ready" if ready >= count and ready and not failed else "degraded"
+        body = {
+            "status": status if ready else "not ready",
+            "model": self._controller.farm.settings.model.name,
+            "ready": ready,
+            "count": count,
+            "workers": [
+                {
+                    "id": worker["id"],
+                    "state": worker["state"],
+                    **{
+                        key: value
+                        for key in PUBLIC_REPORT
+                        if (value := reports.get(worker["id"], {}).get(key)) is not None
+                    },
+                }
+                for worker in described["workers"]
+            ],
+        }
+        if failed:
+            body["rollout"] = "the last configuration could not be rolled out; the one before holds"
         return JSONResponse(body, status_code=200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:
@@ -163,55 +182,66 @@ class Admin:
             media_type="text/plain; version=0.0.4",
         )
 
-    async def _described(self) -> dict[str, Any]:
-        """The view, with every worker's memory and health."""
-        described = view(self._controller)
-        memory = await self._measured()
-        told = {} if self._controller.farm.foreign else await self._ask_all("/health")
-        for worker in described["workers"]:
-            worker["memory_bytes"] = memory.get(worker["id"])
+    async def _reports(self) -> dict[str, dict[str, Any]]:
+        """What every ready worker of ours says of itself."""
+        reports = {}
+        for id_, body in (await self._ask_all("/health", own=True)).items():
             try:
-                worker["health"] = json.loads(told[worker["id"]])
-            except (KeyError, ValueError):
-                worker["health"] = None
-        return described
+                report = json.loads(body)
+            except ValueError:
+                continue
+            if isinstance(report, dict):
+                reports[id_] = report
+        return reports
 
-    async def _ask_all(self, path: str) -> dict[str, bytes]:
-        """What every ready worker answers at ``path``; those that do not are left out."""
-        ready = set(self._controller.ready())
-        slots = [slot for slot in self._controller.farm.plan.slots if slot.id in ready]
+    async def _ask_all(self, path: str, own: bool = False) -> dict[str, bytes]:
+        """What every ready worker answers at ``path``; those that do not are left out.
 
-        async def ask(id_: str, port: int) -> tuple[str, bytes] | None:
+        ``own``: external servers are not asked.
+        """
+        controller = self._controller
+
+        async def ask(id_: str) -> tuple[str, bytes] | None:
             try:
-                status, body = await get(port, path, WORKER_SECONDS)
+                status, body = await get(controller.farm.port_of(id_), path, WORKER_SECONDS)
             except NoAnswerError:
                 return None
             return (id_, body) if status == 200 else None
 
-        answers = await asyncio.gather(*(ask(slot.id, slot.port) for slot in slots))
+        ids = [
+            id_
+            for id_ in controller.ready()
+            if not (own and controller.generation_of(id_).is_external)
+        ]
+        answers = await asyncio.gather(*map(ask, ids))
         return dict(answer for answer in answers if answer is not None)
 
     async def _measured(self) -> dict[str, int]:
         """Memory of every living worker, at most MEMORY_AGE old."""
         async with self._measuring:
             at, measured, memory = self._memory
-            records = self._controller.memory.records
-            pids = {id_: record.pid for id_, record in records.items() if record.pid}
-            if time.monotonic() - at > MEMORY_AGE or pids != measured:
-                memory = await asyncio.to_thread(device_memory, self._controller.farm, pids)
-                self._memory = time.monotonic(), pids, memory
+            holders = {
+                id_: (record.pid, record.device)
+                for id_, record in self._controller.memory.records.items()
+                if record.pid
+            }
+            if time.monotonic() - at > MEMORY_AGE or holders != measured:
+                memory = await asyncio.to_thread(device_memory, holders)
+                self._memory = time.monotonic(), holders, memory
             return memory
 
 
 class AdminServer(uvicorn.Server):
-    """uvicorn on loopback, quiet, and ending with 0 after SIGTERM."""
+    """uvicorn on a Unix socket, quiet, and ending with 0 after SIGTERM.
+
+    It ends as well when its socket's file has been removed: supervisord starts the controller
+    again, which makes another.
+    """
 
     def __init__(self, controller: Controller) -> None:
         super().__init__(
             uvicorn.Config(
                 Admin(controller).app(),
-                host=HOST,
-                port=controller.farm.admin_port,
                 log_config=None,
                 log_level="warning",
                 access_log=False,
@@ -219,3 +249,32 @@ class AdminServer(uvicorn.Server):
                 timeout_graceful_shutdown=3,
             )
         )
+        self._path = controller.farm.admin_socket
+
+    async def serve_on_socket(self) -> None:
+        """Serve until SIGTERM, or until the socket is gone."""
+        bound = listen(self._path)
+        guard = asyncio.create_task(self._end_without_socket())
+        try:
+            await self.serve(sockets=[bound])
+        finally:
+            guard.cancel()
+
+    async def _end_without_socket(self) -> None:
+        while self._path.exists():  # noqa: ASYNC110 - a file cannot be waited for
+            await asyncio.sleep(SOCKET_CHECK_SECONDS)
+        self.should_exit = True
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening Unix socket that only this user can reach. Raises OSError."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    path.unlink(missing_ok=True)
+    mask = os.umask(0o177)
+    try:
+        bound.bind(str(path))
+    finally:
+        os.umask(mask)
+    bound.listen(128)
+    return bound

@@ -1,27 +1,39 @@
-"""Looking at the slots: supervisord's word, the ports, what a dead worker left behind."""
+"""Observe the slots: what supervisord says, the ports, the devices, what a dead worker left."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import psutil
 
+from launcher.configuration.sizes import format_size
+from launcher.control.desired import Memory, Observation
 from launcher.control.probe import READY_BELOW, NoAnswerError, get
-from launcher.control.reconcile import Memory, Seen
+from launcher.planning import sizing
+from launcher.planning.devices import CPU
 from launcher.planning.inventory import Device
 from launcher.planning.nvml import Driver
 from launcher.planning.sampling import tree_pss
-from launcher.processes import orphans, ports
-from launcher.processes.farm import Farm
+from launcher.processes import orphans
+from launcher.processes.farm import Farm, Generation
 from launcher.processes.last_words import words_since
+from launcher.processes.ports import HeldPorts
 from launcher.processes.supervisor import GRACE_AFTER_REQUEST, LOGS, ProcessInfo, Supervisor
 
 PROBE_SECONDS = 2.0
 MEMORY_SECONDS = 30.0
-"""How long a replacement waits for device memory that does not return: somebody else took it."""
+"""How long the memory of a process that has ended may take to leave the driver's list."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a slot would be started with, as far as it has to be looked at before."""
+
+    generation: Generation
+    device: Device
 
 
 class Observer:
@@ -29,57 +41,75 @@ class Observer:
 
     def __init__(self, farm: Farm, supervisor: Supervisor) -> None:
         self.farm = farm
+        self.held = HeldPorts()
         self._supervisor = supervisor
         self._clear: set[str] = set()
         """Empty slots known to be free of what was there before."""
         self._gone_since: dict[str, float] = {}
         self._last_pid: dict[str, int] = {}
 
-    def look(self, memory: Memory, wanted: Collection[str]) -> dict[str, Seen]:
-        """Every slot but for its readiness. Raises SupervisorError."""
+    def look(
+        self, memory: Memory, starts: Mapping[str, Start], external: Collection[str]
+    ) -> dict[str, Observation]:
+        """Every slot that supervisord has, but for its readiness. Raises SupervisorError.
+
+        ``starts``: the slots that are to have a worker, and how it would be started. ``external``:
+        those whose running worker is a server that the user brought.
+        """
         infos = self._supervisor.processes()
         return {
-            slot.id: self._slot(slot.id, slot.port, infos[slot.id], memory, slot.id in wanted)
-            for slot in self.farm.plan.slots
+            id_: self._slot(id_, info, memory, starts.get(id_), id_ in external)
+            for id_, info in infos.items()
+            if id_[:1] == "w" and id_[1:].isdecimal()
         }
 
-    def _slot(self, id_: str, port: int, info: ProcessInfo, memory: Memory, wanted: bool) -> Seen:
+    def _slot(
+        self, id_: str, info: ProcessInfo, memory: Memory, start: Start | None, external: bool
+    ) -> Observation:
+        port = self.farm.port_of(id_)
         if info.alive:
             self._clear.discard(id_)
             self._gone_since.pop(id_, None)
             self._last_pid[id_] = info.pid
-            return Seen(alive=True, stopping=info.stopping, pid=info.pid)
+            if not external:
+                self.held.hold(port)
+            return Observation(
+                alive=True, stopping=info.stopping, pid=info.pid, started=info.started
+            )
+        is_ours = self.held.hold(port)
         record = memory.of(id_)
-        resting = record.state in ("stopped", "failed")
-        may_start = wanted and record.state == "stopped"
-        clear = self._is_clear(id_, drained=record.crashes == 0) if may_start else True
-        if not may_start:
+        may_start = start is not None and record.state == "stopped"
+        clear, no_room = True, ""
+        if start is not None and may_start:
+            clear = self._is_clear(id_, start.device, drained=record.crashes == 0)
+            no_room = _no_room(start) if clear else ""
+        else:
             self._sweep(id_)
-        taken = clear and may_start and not ports.is_free(port)
         log = self.farm.state.path / LOGS / f"{id_}.log"
-        return Seen(
+        return Observation(
+            started=info.started,
             exit_code=info.exit_code if info.started else None,
             clear=clear,
-            taken_by=listener_of(port) if taken else "",
-            last_words="" if resting else words_since(log, info.started),
+            taken_by="" if is_ours or not may_start else listener_of(port),
+            no_room=no_room,
+            exit_reason=words_since(log, info.started) if record.alive else "",
         )
 
-    def _is_clear(self, id_: str, drained: bool) -> bool:
+    def _is_clear(self, id_: str, device: Device, drained: bool) -> bool:
         """Whether nothing is left of the slot's last worker; ends what is.
 
-        ``drained``: it was told to end. Then a server whose wrapper has gone already may finish.
+        ``drained``: it was sent its stop signal. Then a server whose wrapper has gone already may
+        finish.
         """
         if id_ in self._clear:
             return True
         since = self._gone_since.setdefault(id_, time.monotonic())
-        if left := orphans.children_of(self.farm.socket, id_):
+        if left := orphans.marked(self.farm.state.path, id_):
             if drained and time.monotonic() - since < self._grace:
                 return False
             orphans.kill(left)
-        slot = next(slot for slot in self.farm.plan.slots if slot.id == id_)
-        device = self.farm.plan.device_of(slot)
         waited = time.monotonic() - since
-        if device.is_gpu and waited < MEMORY_SECONDS and not self._memory_is_back(id_, device):
+        if device.is_gpu and waited < MEMORY_SECONDS and self._holds_memory(id_, device):
             return False
         self._clear.add(id_)
         return True
@@ -94,48 +124,89 @@ class Observer:
             return
         since = self._gone_since.setdefault(id_, time.monotonic())
         if time.monotonic() - since > self._grace:
-            orphans.kill(orphans.children_of(self.farm.socket, id_))
+            orphans.kill(orphans.marked(self.farm.state.path, id_))
             self._clear.add(id_)
 
-    def _memory_is_back(self, id_: str, device: Device) -> bool:
+    def _holds_memory(self, id_: str, device: Device) -> bool:
+        """Whether the driver still lists the slot's last process."""
         driver = Driver.open()
         if driver is None:
-            return True
+            return False
         with driver:
             try:
                 tenants = {tenant.pid for tenant in driver.tenants(device.id)}
-                free = driver.free(device.id)
             except LookupError:
-                return True
-        return self._last_pid.get(id_) not in tenants and free >= self.farm.plan.footprint.peak
+                return False
+        return self._last_pid.get(id_) in tenants
 
-    async def asked(self, id_: str, sight: Seen) -> Seen:
-        """What is seen of a slot, and whether its worker answers its readiness path."""
-        slot = next(slot for slot in self.farm.plan.slots if slot.id == id_)
-        model = self.farm.settings.model
-        path = model.ready_url if self.farm.foreign else "/readyz"
+    async def asked(self, id_: str, seen: Observation, generation: Generation) -> Observation:
+        """What is observed of a slot, and whether its worker answers its readiness path."""
+        external = generation.is_external
+        path = generation.settings.model.ready_url if external else "/readyz"
         try:
-            status, _ = await get(slot.port, path, PROBE_SECONDS)
+            status, _ = await get(self.farm.port_of(id_), path, PROBE_SECONDS)
         except NoAnswerError:
-            return sight
+            return seen
         # A server that was given no path need not have a page at "/": that it answers is enough.
-        any_page = self.farm.foreign and path == "/" and status < 500
+        any_page = external and path == "/" and status < 500
         ready = status < READY_BELOW or any_page
-        key = " (model.ready_url)" if self.farm.foreign else ""
-        return replace(sight, ready=ready, answered=f"{path}{key} was answered {status}")
+        key = " (model.ready_url)" if external else ""
+        return replace(seen, ready=ready, answer=f"{path}{key} was answered {status}")
 
     async def answers(self, id_: str) -> bool:
         """Whether the slot's worker, one of ours, says anything at all."""
-        slot = next(slot for slot in self.farm.plan.slots if slot.id == id_)
         try:
-            await get(slot.port, "/livez", PROBE_SECONDS)
+            await get(self.farm.port_of(id_), "/livez", PROBE_SECONDS)
         except NoAnswerError:
             return False
         return True
 
 
+def refusal_for(generation: Generation, devices: Sequence[str]) -> str:
+    """Why workers on these devices, named once for each, do not fit into the memory that is free
+    now; empty where they do."""
+    footprint = generation.plan.footprint
+    for row in generation.plan.devices:
+        if not (more := devices.count(row.id)):
+            continue
+        need = more * footprint.steady + footprint.peak - footprint.steady
+        free = free_memory(generation, row.device)
+        if free is not None and need > free - row.headroom:
+            return (
+                f"{format_size(need)} of {row.device.name} are needed, {format_size(free)} are "
+                f"free, {format_size(row.headroom)} of it headroom"
+            )
+    return ""
+
+
+def _no_room(start: Start) -> str:
+    """Why the device has no memory for one more worker now; empty where it has."""
+    need, device = start.generation.plan.footprint.peak, start.device
+    free = free_memory(start.generation, device)
+    if free is None or free >= need:
+        return ""
+    return (
+        f"it needs {format_size(need)} of {device.name}, and {format_size(free)} are free; "
+        f"it starts as soon as there is room"
+    )
+
+
+def free_memory(generation: Generation, device: Device) -> int | None:
+    """Bytes that are free on a device now; None where the driver does not say."""
+    if not device.is_gpu:
+        return sizing.read_host(generation.settings).ram_free
+    driver = Driver.open()
+    if driver is None:
+        return None
+    with driver:
+        try:
+            return driver.free(device.id)
+        except LookupError:
+            return None
+
+
 def listener_of(port: int) -> str:
-    """Who listens on a port, for an error message."""
+    """Name what has a port, for an error message."""
     with suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
             mine = connection.laddr and connection.laddr.port == port
@@ -145,22 +216,23 @@ def listener_of(port: int) -> str:
     return f"another process, port {port}"
 
 
-def device_memory(farm: Farm, pids: dict[str, int]) -> dict[str, int]:
-    """Bytes held by each slot's worker: on its GPU as far as the driver tells, else in RAM."""
+def device_memory(holders: Mapping[str, tuple[int, str]]) -> dict[str, int]:
+    """Bytes held by each slot's worker: on its GPU as far as the driver tells, else in RAM.
+
+    ``holders``: slot → pid and device id.
+    """
     held = {}
-    driver = Driver.open() if any(plan.device.is_gpu for plan in farm.plan.devices) else None
+    on_gpu = any(device != CPU for _, device in holders.values())
+    driver = Driver.open() if on_gpu else None
     with driver or nullcontext():
-        for slot in farm.plan.slots:
-            if not (pid := pids.get(slot.id)):
-                continue
-            device = farm.plan.device_of(slot)
-            if driver is None or not device.is_gpu:
-                held[slot.id] = tree_pss(pid)
+        for id_, (pid, device) in holders.items():
+            if driver is None or device == CPU:
+                held[id_] = tree_pss(pid)
                 continue
             family = {pid}
             with suppress(psutil.Error):
                 family |= {child.pid for child in psutil.Process(pid).children(recursive=True)}
-            # In a container the driver tells the host's numbers of processes: then nobody knows.
-            if own := [t.bytes for t in driver.tenants(device.id) if t.pid in family and t.bytes]:
-                held[slot.id] = sum(own)
+            # In a container the driver lists the host's numbers of processes, which match none.
+            if own := [t.bytes for t in driver.tenants(device) if t.pid in family and t.bytes]:
+                held[id_] = sum(own)
     return held

@@ -1,45 +1,62 @@
-"""The farm as the controller tells it."""
+"""The farm as the controller reports it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from launcher.control.controller import Controller
+from launcher.control.desired import Record
 
 
 def view(controller: Controller) -> dict[str, Any]:
     """``GET /workers`` but for what has to be measured: the wanted slots and whatever runs."""
-    plan, memory = controller.farm.plan, controller.memory
-    workers = []
-    for slot in plan.slots:
-        record = memory.of(slot.id)
-        drained = slot.id in controller.desired.drained
-        if not (slot.id in controller.wanted or record.state != "stopped" or drained):
-            continue
-        workers.append(
-            {
-                "id": slot.id,
-                "pid": record.pid or None,
-                "port": slot.port,
-                "device": slot.device_id,
-                "state": record.state,
-                "wanted": slot.id in controller.wanted,
-                "drained": drained,
-                "restarts": record.restarts,
-                "ready_seconds": record.ready_seconds,
-                "error": record.error or None,
-                "current": record.spec in ("", controller.farm.digest),
-            }
-        )
+    farm, memory, goal = controller.farm, controller.memory, controller.current
+    plan, desired = farm.plan, controller.desired
+    wanted, drained = set(goal.wanted), goal.drained
+    shown = [
+        id_
+        for id_ in (*goal.by_id, *(id_ for id_ in memory.records if id_ not in goal.by_id))
+        if id_ in wanted or id_ in drained or memory.of(id_).state != "stopped"
+    ]
+    restart = memory.rollout
     return {
-        "url": controller.farm.url,
-        "count": controller.desired.count,
+        "url": farm.url,
+        "count": len(goal.wanted),
+        "count_from": "configuration" if desired.count is None else "scale",
+        "configured": plan.count,
         "capacity": plan.capacity,
         "settled": controller.settled,
         "problem": controller.problem or None,
-        "restart": {
-            "pending": [id_ for id_, _ in memory.roll.pending],
-            "error": memory.roll.error or None,
+        "generation": {
+            "current": farm.current.number,
+            "candidate": farm.candidate.number if farm.candidate else None,
+            "failure": farm.failure or None,
         },
-        "workers": workers,
+        "restart": {
+            "pending": [*restart.moving, *(id_ for id_, _ in restart.pending)],
+            "error": restart.error or None,
+        },
+        "workers": [
+            _worker(controller, id_, memory.of(id_), id_ in wanted, id_ in drained) for id_ in shown
+        ],
+    }
+
+
+def _worker(
+    controller: Controller, id_: str, record: Record, wanted: bool, drained: bool
+) -> dict[str, Any]:
+    farm, target = controller.farm, controller.current.by_id.get(id_)
+    return {
+        "id": id_,
+        "pid": record.pid or None,
+        "port": farm.port_of(id_),
+        "device": record.device if record.alive and record.device else target and target.device,
+        "state": record.state,
+        "wanted": wanted,
+        "drained": drained,
+        "restarts": record.restarts,
+        "ready_seconds": record.ready_seconds,
+        "error": record.error or None,
+        "gave_up": record.gave_up or bool(record.waits_for),
+        "current": record.spec in ("", target.spec if target else None),
     }

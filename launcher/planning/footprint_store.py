@@ -135,6 +135,17 @@ def model_files(settings: Settings) -> Iterator[Path]:
             yield request.body_file
 
 
+def source_files(settings: Settings) -> Iterator[Path]:
+    """The model's own code: its class's module or package, and the files that its command names."""
+    model, folder = settings.model, settings.folder
+    if model.target and (source := _module_source(settings)):
+        yield from (path for path in _files(source) if path.suffix == ".py")
+    for text in model.command:
+        named = folder / text if 0 < len(text) < 1024 and "\0" not in text else None
+        if named is not None and named.suffix and named.is_file():
+            yield named
+
+
 def _module_source(settings: Settings) -> Path | None:
     """Where a worker would import the class from, found without importing anything."""
     parts = settings.model.target.partition(":")[0].split(".")

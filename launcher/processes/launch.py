@@ -1,6 +1,6 @@
-"""How the worker of a slot is started: its command line, its environment, its folder. Pure.
+"""How the worker of a slot is started: its command line, its environment, its folder.
 
-Written down for every slot at `up`, so that the process that becomes the worker needs nothing
+Written down for a slot before each start, so that the process that becomes the worker needs nothing
 but a file and `exec`.
 """
 
@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.configuration.config import Settings
+from launcher.planning.footprint_store import source_files
 from launcher.planning.inventory import Device
-from launcher.planning.plan import Plan
 from launcher.processes.supervisor import python_module
 
 WORKER_HOST = "127.0.0.1"
-WORKER_SPEC = "worker.json"
-LAUNCHES = "slots.json"
 
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -102,30 +100,27 @@ def worker_spec(settings: Settings, cache: Path) -> dict[str, Any]:
     }
 
 
-def launches(settings: Settings, plan: Plan, state: Path, cache: Path) -> dict[str, Any]:
-    """Every slot's launch by its id, JSON-ready."""
-    return {
-        slot.id: asdict(
-            launch(
-                settings,
-                plan.device_of(slot),
-                id=slot.id,
-                port=slot.port,
-                spec=state / WORKER_SPEC,
-                cache=cache,
-            )
-        )
-        for slot in plan.slots
-    }
+def digest(settings: Settings, device: Device, sources: str, cache: Path) -> str:
+    """Return the name of what a worker on ``device`` is started with, its port aside.
 
-
-def digest(settings: Settings, cache: Path) -> str:
-    """Changes exactly when running workers are no longer what the configuration says.
-
-    Ports and devices belong to a slot, not to what is served.
+    It changes exactly when a running worker is no longer what the configuration says. ``sources``
+    stands for the files of the model itself.
     """
-    nowhere = Device(id="cpu", name="", kind="cpu", total=0, free=0)
-    start = launch(settings, nowhere, id="w0", port=0, spec=Path(), cache=cache)
+    start = launch(settings, device, id="w0", port=0, spec=Path(), cache=cache)
     spec = worker_spec(settings, cache) if settings.model.target else {}
-    text = json.dumps([asdict(start), spec, settings.model.ready_url], sort_keys=True)
+    text = json.dumps([asdict(start), spec, settings.model.ready_url, sources], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sources_digest(settings: Settings) -> str:
+    """Return a hash of the model's own source: its class's module or package, and the files that
+    `model.command` names. Weights and other arguments do not count: they may change while it runs.
+    """
+    total = hashlib.sha256()
+    for path in sorted(set(source_files(settings))):
+        total.update(str(path).encode())
+        try:
+            total.update(path.read_bytes())
+        except OSError as error:
+            total.update(f"unreadable: {error.errno}".encode())
+    return total.hexdigest()[:16]

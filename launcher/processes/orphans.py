@@ -1,8 +1,8 @@
-"""Processes of a farm that outlived their parent, found by marks that a stranger cannot bear.
+"""Processes of a farm that outlived their parent, found by the mark that each of them carries.
 
-supervisord puts its own address into the environment of everything it starts; its socket's path
-belongs to one state directory. nginx overwrites its environment, and `balancer.processes` knows
-it by other marks.
+The mark is a variable of their environment that names the state directory, so they are found
+whatever else has vanished: records, sockets, the directory itself. nginx overwrites its
+environment, and `balancer.processes` knows it by other marks.
 """
 
 from __future__ import annotations
@@ -17,28 +17,31 @@ from pathlib import Path
 import psutil
 
 from balancer import processes as nginx_processes
-from launcher.processes.supervisor import CONF, MODULE
+from launcher.processes.supervisor import CONF, MARK, MODULE, mark
 
-MARK = "SUPERVISOR_SERVER_URL"
 NAME_MARK = "SUPERVISOR_PROCESS_NAME"
 CHECK_SECONDS = 0.05
 KILLED_SECONDS = 10.0
 """How long the kernel may take to end what was killed."""
 
 
-def children_of(socket: Path, name: str = "") -> list[psutil.Process]:
-    """Living processes that the supervisor at ``socket`` started, and their descendants.
+class StillRunningError(Exception):
+    """Processes of the farm could not be ended. One line that names them; exit code 1."""
 
-    ``name`` restricts them to one process such as ``w1``.
+
+def marked(state: Path, name: str = "") -> list[psutil.Process]:
+    """Living processes of the farm in ``state`` other than this one and those above it.
+
+    ``name`` restricts them to what supervisord started under that name, such as ``w1``.
     """
-    found = []
+    found, value = [], mark(state)
     own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     for process in psutil.process_iter():
         if process.pid in own:
             continue
         with suppress(psutil.Error, OSError):
             environment = process.environ()
-            ours = environment.get(MARK) == f"unix://{socket}"
+            ours = environment.get(MARK) == value
             if ours and name in ("", environment.get(NAME_MARK)) and _lives(process):
                 found.append(process)
     return found
@@ -93,14 +96,30 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
         process.send_signal(number)
 
 
-def clean(state: Path, socket: Path | None, graceful_seconds: float) -> int:
+def leftovers(state: Path) -> list[psutil.Process]:
+    """Everything that runs of a farm, nginx and supervisord included."""
+    found = {process.pid: process for process in [*supervisors_of(state), *marked(state)]}
+    for pid in nginx_processes.all_members(state):
+        with suppress(psutil.Error):
+            found.setdefault(pid, psutil.Process(pid))
+    return list(found.values())
+
+
+def clean(state: Path, graceful_seconds: float) -> int:
     """End whatever is left of a farm whose supervisor does not answer: a hanging supervisor
     itself, then nginx, then all others together. Returns how many processes there were.
 
-    ``socket``: the supervisor's; None where there never was one."""
+    Raises StillRunningError when something outlives a SIGKILL.
+    """
     hanging = supervisors_of(state)
     kill(hanging)
     count = len(hanging) + len(nginx_processes.end(state, graceful_seconds))
-    left = children_of(socket) if socket is not None else []
+    left = marked(state)
     end(left, graceful_seconds)
+    if stuck := leftovers(state):
+        names = ", ".join(str(process.pid) for process in stuck)
+        raise StillRunningError(
+            f"processes of the farm in {state} cannot be ended: {names}; end them by hand, or "
+            f"restart the machine where the kernel does not let go of them"
+        )
     return count + len(left)

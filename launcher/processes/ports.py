@@ -1,8 +1,8 @@
-"""Ports for slots and the controller: a block that no other farm of this machine holds.
+"""Ports for slots: chosen so that no other farm of this machine has them, and held.
 
-An empty slot's port stands in nginx's list all the same. Whoever listened there would be given
-requests, so blocks are disjoint between farms, below the range that the kernel hands out, and
-nobody listens on them when they are chosen.
+An empty slot's port stands in nginx's list all the same, and a process that listened there would be
+given requests. So ports are disjoint between farms, below the range that the kernel hands out, free
+when they are chosen, and held from then on by sockets that are bound and never listen.
 """
 
 from __future__ import annotations
@@ -48,6 +48,26 @@ def choose(
                 blocks[str(state)] = list(ports)
                 return ports
     raise StateError(f"no {size} free ports in a row between {LOWEST} and {highest}")
+
+
+def extend(state: Path, recorded: tuple[int, ...], size: int, *, public: int) -> tuple[int, ...]:
+    """Keep the ports of a running farm and add others until there are ``size``."""
+    missing = size - len(recorded)
+    if missing <= 0:
+        return recorded
+    with _registry() as blocks:
+        known = {port for ports in blocks.values() for port in ports} | {public, *recorded}
+        begin = recorded[-1] + 1 if recorded else LOWEST
+        span = _highest() - LOWEST
+        turn = (LOWEST + (begin - LOWEST + step) % span for step in range(span))
+        added = []
+        for port in turn:
+            if port not in known and is_free(port):
+                added.append(port)
+            if len(added) == missing:
+                blocks[str(state)] = [*recorded, *added]
+                return (*recorded, *added)
+    raise StateError(f"{missing} more free ports are not to be had between {LOWEST} and {HIGHEST}")
 
 
 def release(state: Path) -> None:
@@ -104,3 +124,38 @@ def _registry() -> Iterator[dict[str, list[int]]]:
         file.seek(0)
         file.truncate()
         json.dump(blocks, file)
+
+
+class HeldPorts:
+    """Ports that this process holds: bound with SO_REUSEPORT, and never listening.
+
+    A connection to such a port is refused as if nothing were there. Another user cannot bind it
+    with any option; a process of this user can only if it sets SO_REUSEPORT too, as workers do.
+    """
+
+    def __init__(self) -> None:
+        self._sockets: dict[int, socket.socket] = {}
+
+    def hold(self, port: int) -> bool:
+        """Hold the port; False where something else has it."""
+        if port in self._sockets:
+            return True
+        held = socket.socket()
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        # Connections of a server that has just ended linger on its port. They must not be in the
+        # way, but nothing may get past this socket by the same option afterwards.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            held.bind(("127.0.0.1", port))
+        except OSError:
+            held.close()
+            return False
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+        self._sockets[port] = held
+        return True
+
+    def release(self, port: int) -> None:
+        """Let go of it, for a server that does not set SO_REUSEPORT itself."""
+        held = self._sockets.pop(port, None)
+        if held is not None:
+            held.close()

@@ -19,12 +19,11 @@ CANNOT_LOAD = 3
 def main() -> None:
     arguments = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
     state, id_ = Path(arguments["--state"]), f"w{arguments['--slot']}"
+    file = state / "slots" / f"{id_}.json"
     try:
-        launch = json.loads((state / "slots.json").read_text(encoding="utf-8"))[id_]
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(
-            fail(f"{id_}: {state / 'slots.json'} cannot be used ({error!r}); run `gpufarm up`")
-        )
+        launch = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        sys.exit(fail(f"{id_}: {file} cannot be used ({error!r}); run `gpufarm up`"))
     environment = {**os.environ, **launch["environment"]}
     program = launch["argv"][0]
     try:

@@ -1,15 +1,19 @@
-"""``python -m launcher.processes.supervising``: supervisord, which must outlive a full disk.
+"""``python -m launcher.processes.supervising``: supervisord, which must outlive what goes wrong
+around it.
 
 When a log cannot be written, supervisord prints why to its standard error. That is a file on the
-same full disk, and the second failure would end it, and the whole farm's supervision with it.
+same full disk, and the second failure would end it, and the whole farm's supervision with it. And
+when its socket's file has been removed, it would run on unreachable: it makes another.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import TextIO
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
 
-from supervisor.supervisord import main
+from supervisor import supervisord
 
 
 class Lossy:
@@ -33,6 +37,36 @@ class Lossy:
         return self._stream.fileno()
 
 
+class Reachable(supervisord.Supervisor):  # type: ignore[misc]
+    """supervisord that looks after its socket's file about once a second."""
+
+    def tick(self, now: float | None = None) -> None:
+        super().tick(now)
+        # While it ends, a socket that has gone is on purpose.
+        if self.options.mood > 0 and not self.stopping:
+            self._mend_socket()
+
+    def _mend_socket(self) -> None:
+        options = self.options
+        for config, server in options.httpservers:
+            path = Path(config["file"])
+            if path.exists():
+                continue
+            options.logger.warn(f"the socket {path} has been removed; making it again")
+            with suppress(OSError):
+                path.parent.mkdir(mode=0o700, exist_ok=True)
+                renewed = options.make_http_servers(self)
+                self._close(server)
+                options.httpservers = renewed
+            return
+
+    def _close(self, server: Any) -> None:
+        with suppress(OSError, KeyError, ValueError):
+            self.options.poller.unregister_readable(server.fileno())
+        server.close()
+
+
 if __name__ == "__main__":
     sys.stdout, sys.stderr = Lossy(sys.stdout), Lossy(sys.stderr)
-    main()
+    supervisord.Supervisor = Reachable
+    supervisord.main()

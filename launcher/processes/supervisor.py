@@ -6,7 +6,6 @@ import http.client
 import os
 import re
 import shlex
-import socket
 import sys
 import xmlrpc.client
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 import jinja2
 
 from launcher.configuration.sources import ConfigError
+from launcher.processes.unix_http import UnixConnection
 
 T = TypeVar("T")
 
@@ -25,6 +25,11 @@ CONF = "supervisord.conf"
 PID_FILE = "run/supervisord.pid"
 LOGS = "logs"
 SOCKET = "supervisor.sock"
+MARK = "GPUFARM_FARM"
+"""The variable that every process of a farm carries: its state directory's real path."""
+INTERFACE = "farm"
+"""The XML-RPC namespace of `supervisor_interface`."""
+INTERFACE_FACTORY = "launcher.processes.supervisor_interface:make_interface"
 
 GRACE_AFTER_REQUEST = 15.0
 """Seconds beyond the request timeout until a worker that drains is killed: its own deadline is
@@ -47,11 +52,11 @@ class SupervisorConfig:
     """The farm's state directory."""
     socket: Path
     slots: int
-    """Programs in the group of workers: as many as there could ever be slots."""
+    """Programs in the group of workers: as many as the farm has ports for."""
     request_timeout: float
     nginx_command: tuple[str, ...]
     stop_whole_group: bool
-    """Foreign servers often sit behind a shell that does not pass SIGTERM on."""
+    """External servers often sit behind a shell that does not pass SIGTERM on."""
     log_bytes: int
     log_backups: int
 
@@ -89,6 +94,8 @@ def render(config: SupervisorConfig) -> str:
         worker_stop_seconds=config.worker_stop_seconds,
         slots=config.slots,
         stop_whole_group=config.stop_whole_group,
+        interface=INTERFACE,
+        interface_factory=INTERFACE_FACTORY,
     )
 
 
@@ -115,19 +122,6 @@ def command_line(arguments: tuple[str, ...]) -> str:
     return escaped(shlex.join(arguments))
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a Unix socket, with a timeout: supervisord may be stopped in a debugger."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=CALL_TIMEOUT)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
-
-
 class _UnixTransport(xmlrpc.client.Transport):
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -136,7 +130,7 @@ class _UnixTransport(xmlrpc.client.Transport):
     def make_connection(self, host: Any) -> http.client.HTTPConnection:
         if self._connection and host == self._connection[0] and self._connection[1]:
             return self._connection[1]
-        connection = _UnixConnection(self._path)
+        connection = UnixConnection(self._path, CALL_TIMEOUT)
         self._connection = host, connection
         return connection
 
@@ -151,8 +145,8 @@ class ProcessInfo:
     pid: int
     exit_code: int
     """Of the last process; -1 when a signal ended it, 0 when there was none."""
-    started: int
-    """Unix time of the last start; 0 when there was none."""
+    started: float
+    """When it was last started (Unix seconds); 0 when it never was."""
 
     @property
     def alive(self) -> bool:
@@ -195,8 +189,12 @@ class Supervisor:
 
     def processes(self) -> dict[str, ProcessInfo]:
         """Every process by its name: nginx, controller, w1, w2, …"""
-        infos = self._fault_free(lambda rpc: rpc.getAllProcessInfo())
-        return {info["name"]: _info(info) for info in infos}
+        infos = self._fault_free(lambda _: self._proxy.farm.processes())
+        return {info["name"]: ProcessInfo(**info) for info in infos}
+
+    def update(self) -> None:
+        """Let it take over its file again without stopping anything."""
+        self._fault_free(lambda _: self._proxy.farm.update())
 
     def start(self, name: str) -> None:
         """Start one process; it need not be alive when this returns, nor alive any more: one that
@@ -235,27 +233,24 @@ def full_name(name: str) -> str:
     return f"worker:{name}" if name not in ("nginx", "controller") else name
 
 
-def _info(info: dict[str, Any]) -> ProcessInfo:
-    return ProcessInfo(
-        name=info["name"],
-        state=info["statename"],
-        pid=int(info["pid"]),
-        exit_code=int(info["exitstatus"]),
-        started=int(info["start"]),
-    )
-
-
 def command(state: Path) -> tuple[str, ...]:
     """The command line that runs supervisord in the foreground."""
     return python_module(MODULE, "-c", str(state / CONF), "-n")
 
 
-def environment(base: dict[str, str] | None = None) -> dict[str, str]:
-    """What supervisord and thereby every process inherits.
+def environment(state: Path, base: dict[str, str] | None = None) -> dict[str, str]:
+    """What supervisord and thereby every process inherits: all but GPUFARM_ and SUPERVISOR_
+    variables, and the farm's mark.
 
     Configuration travels in files: a stray GPUFARM_ variable must not reach a worker, nor those
     of a supervisord around this one.
     """
     given = dict(os.environ) if base is None else base
     dropped = ("GPUFARM_", "SUPERVISOR_")
-    return {name: value for name, value in given.items() if not name.startswith(dropped)}
+    kept = {name: value for name, value in given.items() if not name.startswith(dropped)}
+    return {**kept, MARK: mark(state)}
+
+
+def mark(state: Path) -> str:
+    """The value of MARK for the farm in ``state``."""
+    return str(state.resolve())

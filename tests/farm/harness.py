@@ -51,7 +51,6 @@ class FarmUnderTest:
         return kept | {
             "XDG_STATE_HOME": home,
             "HOME": home,
-            "XDG_RUNTIME_DIR": "",
             # The models of these tests run on a CPU, whatever else the machine has.
             "CUDA_VISIBLE_DEVICES": "",
             **self.more_environment,
@@ -93,12 +92,19 @@ class FarmUnderTest:
         return view
 
     def admin(self, method: str, path: str, **more: Any) -> httpx.Response:
-        return httpx.request(method, f"http://127.0.0.1:{self.admin_port}{path}", **more)
+        """Ask the controller on its socket."""
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(self.runtime / "admin.sock"))) as c:
+            return c.request(method, f"http://localhost{path}", timeout=30, **more)
 
     @property
-    def admin_port(self) -> int:
-        port: int = json.loads((self.state / "farm.json").read_text())["admin_port"]
-        return port
+    def runtime(self) -> Path:
+        return Path((self.state / "runtime").read_text().strip())
+
+    def generation(self) -> dict[str, Any]:
+        """The configuration and plan that hold."""
+        number = json.loads((self.state / "farm.json").read_text())["current"]
+        found: dict[str, Any] = json.loads((self.state / f"generations/{number}.json").read_text())
+        return found
 
     def workers(self) -> dict[str, dict[str, Any]]:
         """By id, straight from the controller."""
@@ -140,7 +146,7 @@ class FarmUnderTest:
         found = []
         for process in psutil.process_iter():
             try:
-                marks = [*process.cmdline(), process.environ().get("SUPERVISOR_SERVER_URL", "")]
+                marks = [*process.cmdline(), process.environ().get("GPUFARM_FARM", "")]
                 marks += [file.path for file in process.open_files()]
             except (psutil.Error, OSError):
                 continue

@@ -16,7 +16,6 @@ import psutil
 import pytest
 
 from balancer import processes
-from launcher.processes.farm import FARM_FILE
 from tests.farm.harness import REPOSITORY, FarmUnderTest, lives, new_farm
 from tests.waiting import listens, until
 
@@ -43,7 +42,7 @@ def test_a_refused_configuration_changes_nothing_of_a_running_farm() -> None:
 def test_a_farm_whose_records_are_lost_can_be_ended_and_replaced(damage: str) -> None:
     with new_farm(workers="count = 1") as farm:
         farm.run("up")
-        for name in (FARM_FILE, "plan.json", "settings.json"):
+        for name in ("farm.json", "generations/1.json"):
             (farm.state / name).write_text(damage)
             told = farm.run("ps", expect=1).stderr
             assert "lost or unreadable" in told
@@ -52,7 +51,7 @@ def test_a_farm_whose_records_are_lost_can_be_ended_and_replaced(damage: str) ->
         assert farm.processes() == []
         assert not listens(farm.port)
         farm.run("up")
-        (farm.state / FARM_FILE).write_text(damage)
+        (farm.state / "farm.json").write_text(damage)
         farm.run("up")
         assert set(farm.states().values()) == {"ready"}
         assert (
