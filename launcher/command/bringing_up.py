@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 
 from balancer import processes as nginx_processes
-from balancer.configuration import listening
 from launcher.command.bringing_down import remove_traces, shut_down, stop_seconds
 from launcher.command.client import AwayError, Client, answers, serves
 from launcher.command.settling import Say, check_port, make_plan
@@ -105,13 +104,13 @@ class Up:
         return farm
 
     def _has_port_already(self) -> bool:
-        """Whether an nginx that this farm left behind listens on the public address."""
-        if not nginx_processes.all_members(self.state.path):
-            return False
-        try:
-            return listening(self.state.path) == (self.settings.host, self.settings.port)
-        except (OSError, ValueError):
-            return False
+        """Whether an nginx that this farm left behind listens on the public port."""
+        members = set(nginx_processes.all_members(self.state.path))
+        return bool(members) and any(
+            connection.pid in members and connection.laddr[1] == self.settings.port
+            for connection in psutil.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN and connection.laddr
+        )
 
     def _keep_desired(self, before: Farm | None) -> None:
         """What was scaled or drained lasts until `down`; what happened to processes does not.

@@ -14,13 +14,14 @@ from balancer import nginx
 from balancer import processes as nginx_processes
 from balancer.nginx import BalancerError
 from balancer.start import port_is_free
-from launcher.command.client import NotRunningError, running_farm
+from launcher.command.client import AwayError, Client, NotRunningError, running_farm
 from launcher.command.sentinel import SentinelError, stream_through
 from launcher.configuration.config import ConfigError, Settings
 from launcher.configuration.sizes import GIB, format_size
 from launcher.configuration.state import StateDir, StateError
 from launcher.planning import sizing
 from launcher.planning.devices import discover
+from launcher.processes.farm import Farm
 
 LEAST_SPACE = 2 * GIB
 OLDEST_NGINX = (1, 18)
@@ -130,10 +131,33 @@ def _farm(settings: Settings) -> Iterator[Finding]:
     except (ConfigError, StateError) as error:
         yield Finding("state", False, str(error))
         return
+    if farm is not None:
+        yield from _workers(farm)
     try:
         yield Finding("stream", True, stream_through(farm))
     except (SentinelError, BalancerError) as error:
         yield Finding("stream", False, str(error))
+
+
+def _workers(farm: Farm) -> Iterator[Finding]:
+    """What the controller of a running farm has to report."""
+    try:
+        view = Client(farm).workers()
+    except AwayError as error:
+        yield Finding("controller", False, f"{error}; see `gpufarm logs controller`")
+        return
+    if view["problem"]:
+        yield Finding("controller", False, view["problem"])
+    if failure := view["generation"]["failure"]:
+        yield Finding(
+            "configuration",
+            False,
+            f"{failure}; the one of before stays in force: correct it, then run `gpufarm up`",
+        )
+    states = [worker["state"] for worker in view["workers"]]
+    troubles = [worker["error"] for worker in view["workers"] if worker["error"]]
+    ready = f"{states.count('ready')} of {view['count']} ready"
+    yield Finding("workers", not troubles, "; ".join([ready, *troubles]))
 
 
 def print_findings(findings: Sequence[Finding], as_json: bool) -> None:

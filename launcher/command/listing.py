@@ -43,6 +43,8 @@ def print_workers(view: Mapping[str, Any], out: Console) -> None:
     for worker in view["workers"]:
         if worker["error"]:
             out.print(Text(worker["error"], style="red"))
+    if failure := view["generation"]["failure"]:
+        out.print(Text(f"{failure}; the configuration of before stays in force", style="red"))
     if view.get("problem"):
         out.print(Text(f"controller: {view['problem']}", style="red"))
 

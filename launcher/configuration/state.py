@@ -139,9 +139,12 @@ class StateDir:
             with suppress(OSError):
                 recorded.mkdir(mode=0o700, exist_ok=True)
             if _is_private(recorded):
-                return recorded
-        folder = self._make_runtime()
-        write_text(self._runtime_record, f"{folder}\n")
+                return self._recorded(recorded)
+        return self._recorded(self._make_runtime())
+
+    def _recorded(self, folder: Path) -> Path:
+        if not self._runtime_record.exists():
+            write_text(self._runtime_record, f"{folder}\n")
         return folder
 
     @property

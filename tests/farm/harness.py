@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import psutil
 
+from launcher.processes.unix_http import UnixConnection
 from tests.steady import Load, steady
 from tests.waiting import free_port, until
 
@@ -91,10 +92,16 @@ class FarmUnderTest:
         view: dict[str, Any] = json.loads(self.run("ps", "--json").stdout)
         return view
 
-    def admin(self, method: str, path: str, **more: Any) -> httpx.Response:
+    def admin(self, method: str, path: str, body: Any = None) -> httpx.Response:
         """Ask the controller on its socket."""
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(self.runtime / "admin.sock"))) as c:
-            return c.request(method, f"http://localhost{path}", timeout=30, **more)
+        connection = UnixConnection(self.runtime / "admin.sock", timeout=30)
+        try:
+            text = None if body is None else json.dumps(body)
+            connection.request(method, path, text, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            return httpx.Response(answer.status, content=answer.read())
+        finally:
+            connection.close()
 
     @property
     def runtime(self) -> Path:

@@ -142,7 +142,7 @@ def test_a_ready_url_that_is_not_there_is_told() -> None:
 
 def test_a_farm_is_not_replaced_from_a_folder_without_a_configuration(tmp_path: Path) -> None:
     with new_farm(workers="count = 1") as farm:
-        assert f"as {farm.folder / 'gpufarm.toml'} says" in farm.run("up").stderr
+        assert f"from {farm.folder / 'gpufarm.toml'}" in farm.run("up").stderr
         pids, home = farm.pids(), farm.folder
         farm.folder = tmp_path
         told = farm.run("up", "--state-dir", str(home / "state"), expect=2).stderr
@@ -154,20 +154,16 @@ def test_a_farm_is_not_replaced_from_a_folder_without_a_configuration(tmp_path: 
 def test_a_slot_without_a_worker_cannot_be_drained() -> None:
     with new_farm(workers="count = 1") as farm:
         farm.run("up")
-        assert "w2 has no worker to drain; there is: w1" in farm.run("drain", "w2", expect=3).stderr
+        assert "w2 has no worker to drain; workers: w1" in farm.run("drain", "w2", expect=3).stderr
         farm.run("drain", "w1")
         farm.run("drain", "w1")
         farm.run("restart", "w1")
         assert farm.states() == {"w1": "ready"}
 
 
-def test_a_slot_that_nobody_wants_any_more_does_not_end_a_farm() -> None:
+def test_a_drained_farm_is_filled_again() -> None:
     with new_farm(workers="count = 1") as farm:
         farm.run("up")
-        port = json.loads((farm.state / "plan.json").read_text())["slots"][1]["port"]
-        with socket.create_server(("127.0.0.1", port)):
-            assert "its port is taken" in farm.run("scale", "2", expect=1).stderr
-        farm.run("scale", "1")
         farm.run("drain", "w1")
         farm.run("up")
         assert farm.states() == {"w1": "stopped"}
@@ -193,11 +189,11 @@ def test_a_killed_farm_takes_a_count_that_has_changed_since() -> None:
         farm.run("scale", "3")
         os.kill(farm.pid_of("launcher.processes.supervising"), signal.SIGKILL)
         farm.run("up")
-        assert len(farm.states()) == 3, "a wish lasts until `down`"
+        assert len(farm.states()) == 3, "what was scaled lasts until `down`"
         os.kill(farm.pid_of("launcher.processes.supervising"), signal.SIGKILL)
         farm.configure(foreign(farm.port, workers="count = 1"))
         farm.run("up")
-        assert len(farm.states()) == 1, "the configuration's is the newer wish"
+        assert len(farm.states()) == 1, "the count in the file has changed since"
 
 
 def test_another_host_on_the_running_farms_port_is_refused_with_the_reason() -> None:
@@ -226,15 +222,25 @@ def test_a_port_in_use_is_one_line() -> None:
         assert farm.processes() == []
 
 
-def test_a_stranger_on_a_slots_port_gets_no_requests() -> None:
+def test_a_port_that_was_taken_while_it_was_not_held_is_reported_and_waited_for() -> None:
     with new_farm(workers="count = 1") as farm:
         farm.run("up")
-        port = json.loads((farm.state / "plan.json").read_text())["slots"][1]["port"]
-        with socket.create_server(("127.0.0.1", port)):
-            told = farm.run("scale", "2", expect=1).stderr
-            assert "its port is taken by" in told
-            assert str(port) in told
-        farm.run("scale", "2")
+        port = farm.generation()["plan"]["slots"][1]["port"]
+        old = farm.pid_of("launcher.control")
+        os.kill(old, signal.SIGKILL)
+        with until(lambda: _listener(port), "the port is free for a moment", every=0.001):
+            farm.wait_for_another_controller(old)
+            message = farm.run("scale", "2", expect=1).stderr
+            assert "its port is taken by" in message
+            assert str(port) in message
+        farm.wait_for(w1="ready", w2="ready")
+
+
+def _listener(port: int) -> socket.socket | None:
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError:
+        return None
 
 
 def test_the_foreground_shows_all_logs_and_drains_on_sigterm(tmp_path: Path) -> None:
@@ -314,19 +320,41 @@ def hand_over(farm: FarmUnderTest) -> None:
     pytest.skip("no interpreter that another user may run")
 
 
-def test_two_commands_at_once_do_not_meet() -> None:
+def test_a_second_up_waits_for_the_same_workers() -> None:
     with new_farm(options=("--load-seconds", "2"), workers="count = 1") as farm:
         first = subprocess.Popen(farm.command("up"), cwd=farm.folder, env=farm.environment)
         try:
             until((farm.state / "farm.json").exists, "the first has begun")
-            assert "another gpufarm command" in farm.run("up", expect=1).stderr
+            farm.run("up")
             assert first.wait(60) == 0
+            assert [w["restarts"] for w in farm.workers().values()] == [0]
         finally:
             first.kill()
             first.wait()
 
 
-def test_another_port_and_more_slots_of_a_running_farm() -> None:
+def test_down_ends_a_farm_whose_up_still_waits() -> None:
+    with new_farm(options=("--load-seconds", "60"), workers="count = 1") as farm:
+        up = subprocess.Popen(
+            farm.command("up"),
+            cwd=farm.folder,
+            env=farm.environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            until(lambda: farm.states() == {"w1": "starting"}, "it waits")
+            farm.run("down")
+            _, message = up.communicate(timeout=90)
+            assert up.returncode == 1
+            assert "stopped by another command" in message or "supervisord ended" in message
+            leaves_nothing(farm)
+        finally:
+            up.kill()
+            up.wait()
+
+
+def test_another_port_and_more_slots_of_a_running_farm_restart_no_worker() -> None:
     with new_farm(workers="count = 1") as farm:
         farm.run("up")
         pids, old = farm.pids(), farm.port
@@ -338,10 +366,14 @@ def test_another_port_and_more_slots_of_a_running_farm() -> None:
         until(lambda: not listens(old), "the old port is closed")
         text = foreign(farm.port, workers="count = 1").replace("max = 4", "max = 6")
         farm.configure(text)
-        assert "started anew" in farm.run("up").stderr
+        farm.run("up")
+        assert farm.pids() == pids
         farm.run("scale", "6")
         assert len(farm.pids()) == 6
         assert httpx.post(f"{farm.url}/work").status_code == 200
+        farm.configure(foreign(farm.port, workers="count = 1").replace("max = 4", "max = 2"))
+        farm.run("up")
+        assert len(farm.pids()) == 2, "what was scaled to is bounded by the new maximum"
         farm.run("down")
         leaves_nothing(farm)
 

@@ -6,9 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -17,6 +14,7 @@ import pytest
 
 from balancer import processes
 from tests.farm.harness import REPOSITORY, FarmUnderTest, lives, new_farm
+from tests.farm.small_disk import FarmUnderTestAt, fill, small_disk
 from tests.waiting import listens, until
 
 
@@ -101,28 +99,6 @@ def test_wishes_that_make_no_sense_are_not_wished() -> None:
         assert farm.states() == {"w1": "ready"}
 
 
-@contextmanager
-def small_disk(at: Path) -> Iterator[Path]:
-    """A file system of a few hundred kilobytes; skipped where none may be mounted."""
-    at.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(at)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs to mount a small disk")
-    try:
-        yield at
-    finally:
-        subprocess.run(["umount", "-l", str(at)], check=True)
-
-
-def fill(disk: Path) -> None:
-    with (disk / "full").open("ab", buffering=0) as file:
-        try:
-            while file.write(b"x" * 1024):
-                pass
-        except OSError:
-            return
-
-
 def test_a_full_disk_stops_neither_requests_nor_replacements() -> None:
     with new_farm(workers="count = 2") as farm, small_disk(farm.folder / "disk") as disk:
         farm.configure(
@@ -148,14 +124,6 @@ def test_a_full_disk_stops_neither_requests_nor_replacements() -> None:
         finally:
             at.end()
         assert at.processes() == []
-
-
-class FarmUnderTestAt(FarmUnderTest):
-    """With its state on the small disk."""
-
-    @property
-    def state(self) -> Path:
-        return self.folder / "disk" / "state"
 
 
 MODEL = """

@@ -77,7 +77,7 @@ def shared() -> Iterator[FarmUnderTest]:
 
 @pytest.fixture
 def farm(shared: FarmUnderTest) -> FarmUnderTest:
-    shared.admin("PUT", "/workers", json={"count": 2})
+    shared.admin("PUT", "/workers", {"count": 2})
     until(lambda: shared.states() == {"w1": "ready", "w2": "ready"}, "two workers are ready")
     return shared
 
@@ -136,7 +136,8 @@ def test_a_models_exception_is_told_without_its_traceback(farm: FarmUnderTest) -
 
 def test_health_and_metrics_come_from_every_worker(farm: FarmUnderTest) -> None:
     health = httpx.get(f"{farm.url}/health").json()
-    assert {worker["health"]["device"] for worker in health["workers"]} == {"cpu"}
+    assert (health["status"], health["ready"], health["model"]) == ("ready", 2, "under-test")
+    assert {worker["health"]["device"] for worker in farm.workers().values()} == {"cpu"}
     until(lambda: httpx.post(f"{farm.url}/predict", json={}).status_code == 200, "a request")
     metrics = httpx.get(f"{farm.url}/metrics").text
     for worker in ("w1", "w2"):
