@@ -145,7 +145,7 @@ def show(farm: Farm, view: dict[str, Any], as_json: bool, closing: bool = False)
 
 
 @app.command()
-def down(config: ConfigFile = None, state_dir: StateFolder = None) -> None:
+def down(config: ConfigFile = None, state_dir: StateFolder = None, as_json: AsJson = False) -> None:
     """Stop the farm, once it has finished what it has.
 
     First nginx stops to take requests, then every worker ends when its line is empty.
@@ -156,6 +156,8 @@ def down(config: ConfigFile = None, state_dir: StateFolder = None) -> None:
     state = state_of(config, state_dir)
     with progress("stopping") as say:
         bring_down(state, say)
+    if as_json:
+        print(json.dumps({"state": "down", "state_dir": str(state.path)}, indent=2))
 
 
 @app.command()

@@ -14,7 +14,7 @@ from balancer import nginx
 from balancer import processes as nginx_processes
 from balancer.nginx import BalancerError
 from balancer.start import port_is_free
-from launcher.command.client import NotRunningError, running_farm
+from launcher.command.client import AwayError, NotRunningError, running_farm
 from launcher.command.sentinel import SentinelError, stream_through
 from launcher.configuration.config import ConfigError, Settings
 from launcher.configuration.sizes import GIB, format_size
@@ -127,7 +127,7 @@ def _farm(settings: Settings) -> Iterator[Finding]:
             told = "held by this farm's own nginx: `gpufarm up` or `gpufarm down` mends that"
         yield Finding(f"port {settings.port}", free, told)
         farm = None
-    except (ConfigError, StateError) as error:
+    except (AwayError, ConfigError, StateError) as error:  # AwayError: its records are lost
         yield Finding("state", False, str(error))
         return
     try:
