@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,6 +30,7 @@ from launcher.planning.sampling import CpuSampler, GpuSampler, Sampler, Usage, W
 from launcher.planning.sizing import known_footprint, measure_footprint
 from launcher.processes.lone_worker import LoneWorker, free_port, lone_start
 from tests.fake_nvml import FakeNvml, Gpu
+from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent
 
@@ -339,6 +342,52 @@ def test_a_real_worker_is_measured_once_and_remembered(tmp_path: Path) -> None:
     assert lines[0].startswith("measuring the footprint of one worker on CPU")
     assert lines[1] == "starting one worker alone"
     assert known_footprint(settings, [device], state) == found
+
+
+def test_a_measured_worker_bears_the_mark_and_ends_with_a_killed_command(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\n"
+        "class Slow:\n"
+        "    def setup(self, device):\n        time.sleep(600)\n"
+        "    def predict(self, request):\n        return request\n"
+    )
+    (tmp_path / "gpufarm.toml").write_text(
+        'state_dir = "state"\nmodel.target = "slow:Slow"\nbudget.devices = ["cpu"]\n'
+    )
+    command = [sys.executable, "-P", "-m", "launcher.command", "plan", "--measure"]
+    given = os.environ | {"GPUFARM_LOGS__BACKUPS": "1", "SUPERVISOR_PROCESS_NAME": "another's"}
+    with subprocess.Popen(command, cwd=tmp_path, env=given, stderr=subprocess.PIPE) as measuring:
+
+        def workers() -> list[psutil.Process]:
+            children = psutil.Process(measuring.pid).children()
+            return [child for child in children if "workers" in child.cmdline()]
+
+        found = until(workers, "a worker that loads")[0]
+        environment = found.environ()
+        measuring.kill()
+    assert environment["GPUFARM_FARM"] == str((tmp_path / "state").resolve())
+    assert "GPUFARM_LOGS__BACKUPS" not in environment
+    assert "SUPERVISOR_PROCESS_NAME" not in environment
+    try:
+        until(lambda: not alive(found), "the worker's end")
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            found.kill()
+
+
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_command_that_is_not_there_is_named(tmp_path: Path) -> None:
+    settings = settings_for(
+        tmp_path,
+        {"command": ["no-such-command-anywhere", "{port}"]},
+        **{"footprint.requests": [{"path": "/"}]},
+    )
+    state = StateDir(settings.state_dir)
+    with pytest.raises(MeasureError, match="could not load: cannot run no-such-command-anywhere"):
+        measure_footprint(settings, [cpu_device(read_host())], state, lone_start(settings, state))
 
 
 def test_a_worker_that_cannot_load_says_so(tmp_path: Path) -> None:
