@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +19,7 @@ from launcher.command.client import AwayError, Client, serves
 from launcher.command.settling import Say, check_port, make_plan
 from launcher.configuration.config import ConfigError, Settings
 from launcher.configuration.state import StateDir, read_json, write_json
+from launcher.planning.held import held_by
 from launcher.planning.plan import Plan
 from launcher.processes import farm as farms
 from launcher.processes import ports, supervisor
@@ -189,11 +189,8 @@ class Up:
         With it the controller's port: a larger `workers.max` may need another block, and then the
         supervisor's file changes as well and everything is started anew.
         """
-        held: Counter[str] = Counter()
-        for worker in retried(Client(running).workers)["workers"]:
-            # Where the driver does not tell whose memory it is, a worker has what was measured.
-            expected = running.plan.footprint.steady if worker["pid"] else 0
-            held[worker["device"]] += worker["memory_bytes"] or expected
+        workers = retried(Client(running).workers)["workers"]
+        held = held_by(workers, running.plan.footprint)
         plan = make_plan(self.settings, self.state, self.say, held)
         block = self.state.ports()
         if self.settings.workers.max >= len(block):

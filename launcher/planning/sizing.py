@@ -29,10 +29,21 @@ def limits(settings: Settings) -> Limits:
     )
 
 
-def read_host(settings: Settings) -> Host:
-    """What this host has, as far as budget.cores and budget.ram do not say otherwise."""
+def read_host(settings: Settings, held: int = 0, reserved: int = 0) -> Host:
+    """What this host has, as far as budget.cores and budget.ram do not say otherwise.
+
+    ``held``: bytes of RAM that the farm's own workers hold, which count as free; ``reserved``:
+    bytes that other farms are about to use, which do not.
+    """
     found = hosts.read_host()
-    return hosts.overridden(found, settings.budget.cores, settings.budget.ram)
+    if found.ram_free is not None:
+        free = max(0, found.ram_free + held - reserved)
+        found = replace(found, ram_free=min(free, found.ram_total or free))
+    host = hosts.overridden(found, settings.budget.cores, settings.budget.ram)
+    if found.ram_total is not None and (settings.budget.ram or 0) > found.ram_total:
+        # Such a budget is believed whatever is free, but not beyond what others will use of it.
+        host = replace(host, ram_free=max(0, (host.ram_free or 0) - reserved))
+    return host
 
 
 def known_footprint(
