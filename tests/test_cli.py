@@ -270,6 +270,8 @@ def test_logs_of_what_has_written_none(tmp_path: Path) -> None:
     (tmp_path / "state" / "logs").mkdir(parents=True)
     (tmp_path / "state" / "logs" / "w1.log").write_text("hello\n")
     assert "hello" in gpufarm(tmp_path, "logs", "w1", "--state-dir", "state").stdout
+    as_json = gpufarm(tmp_path, "logs", "w1", "--state-dir", "state", "--json")
+    assert json.loads(as_json.stdout)["message"] == "hello"
     told = gpufarm(tmp_path, "logs", "w9", "--state-dir", "state")
     assert told.returncode == 2
     assert "w9: it has written nothing yet, or does not exist; logs: w1" in told.stderr

@@ -278,8 +278,9 @@ def logs(
     ] = 20,
     config: ConfigFile = None,
     state_dir: StateFolder = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Print the logs of the farm's processes."""
+    """Print the logs of the farm's processes, in the order of time (UTC)."""
     from launcher.command.client import NotRunningError
     from launcher.command.following import Follower
     from launcher.configuration.config import ConfigError
@@ -287,7 +288,7 @@ def logs(
     state = state_of(config, state_dir)
     if not state.logs.is_dir():
         raise NotRunningError(f"there are no logs in {state.path}; no farm has run there")
-    follower = Follower(state.logs, (process,) if process else (), print, lines)
+    follower = Follower(state.logs, (process,) if process else (), print, lines, as_json)
     if process and not follow and not (state.logs / f"{process}.log").exists():
         there = ", ".join(sorted(path.stem for path in state.logs.glob("*.log"))) or "none"
         raise ConfigError(
