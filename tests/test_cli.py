@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -12,14 +14,18 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from launcher.command.listing import curl_line
+from launcher.command.listing import curl_line, print_workers
+from launcher.command.report import console
 from launcher.configuration.config import load
+from launcher.configuration.sizes import GIB
 from launcher.configuration.state import StateDir
 from launcher.planning.inventory import Footprint, Host
 from launcher.planning.plan import Limits, plan
 from launcher.processes.farm import Farm
 
+UUID = "GPU-0a1b2c3d-4e5f-6071-8293-a4b5c6d7e8f9"
 HEAVY = ("torch", "onnxruntime", "starlette", "uvicorn", "rich.console", "jinja2", "psutil")
 COMMANDS = ("up", "down", "ps", "plan", "scale", "drain", "restart", "logs", "doctor")
 
@@ -175,10 +181,97 @@ def test_what_a_plan_is_asked_for_is_checked(tmp_path: Path, options: list[str])
     assert len(told.stderr.splitlines()) == 1
 
 
+def shown_workers(width: int | None) -> list[str]:
+    """The table of two workers, on a terminal of that width or written to a file."""
+    worker = {
+        "pid": 123456,
+        "port": 20001,
+        "device": UUID,
+        "state": "ready",
+        "memory_bytes": 7 * GIB,
+        "restarts": 3,
+        "ready_seconds": 12.3,
+        "error": None,
+    }
+    failed = {"state": "failed", "error": "w2 could not load: there are no weights in model.bin"}
+    stream = io.StringIO()
+    out = Console(file=stream, width=width, force_terminal=True) if width else console(stream)
+    print_workers({"workers": [worker | {"id": "w1"}, worker | {"id": "w2"} | failed]}, out)
+    return re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue()).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("width", "titles"),
+    [
+        (40, "Worker State Device Memory"),
+        (60, "Worker State Pid Device Memory Restarts"),
+        (80, "Worker State Pid Port Device Memory Restarts Ready after"),
+        (20, "Worker State"),
+    ],
+)
+def test_workers_are_shown_in_as_many_columns_as_fit(width: int, titles: str) -> None:
+    lines = shown_workers(width)
+    assert all(len(line) <= width for line in lines)
+    assert lines[0].split() == titles.split()
+    assert lines[1].split()[:2] == ["w1", "ready"]
+    assert lines[2].split()[:2] == ["w2", "failed"]
+    assert " ".join(line.strip() for line in lines[3:]).startswith("w2 could not load: there")
+    assert "GPU-0a1b2c3d…" in lines[1] or "Device" not in titles
+
+
+def test_without_a_terminal_every_column_is_shown_whole() -> None:
+    titles, first, _, error = shown_workers(None)
+    assert titles.split()[-2:] == ["Ready", "after"]
+    assert UUID in first
+    assert error.endswith("model.bin")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["ps"], 4, "no farm is running"),
+        (["down"], 4, "no farm is running"),
+        (["plan", "--device", "24"], 2, "write 24GiB"),
+        (["up", "--port", "99999"], 2, "port = 99999"),
+        (["plan", "--measure"], 1, "could not load"),
+        (["ps", "--nothing"], 2, "No such option"),
+        (["nothing"], 2, "No such command"),
+        (["scale"], 2, "Missing argument"),
+    ],
+)
+def test_with_json_an_error_is_json(
+    tmp_path: Path, arguments: list[str], code: int, words: str
+) -> None:
+    (tmp_path / "gpufarm.toml").write_text('model.target = "nowhere:Nothing"')
+    told = gpufarm(tmp_path, *arguments, "--json")
+    assert told.returncode == code
+    error = json.loads(told.stdout)["error"]
+    assert error["code"] == code
+    assert words in error["message"]
+    assert "Traceback" not in told.stderr
+
+
+def test_doctor_reports_lost_records_as_a_finding(tmp_path: Path) -> None:
+    """The process stands for supervisord: it bears its module and the state directory's file."""
+    state = tmp_path / "state"
+    (state / "logs").mkdir(parents=True)
+    marks = ["launcher.processes.supervising", str(state / "supervisord.conf")]
+    with subprocess.Popen([sys.executable, "-c", "input()", *marks], stdin=subprocess.PIPE) as lost:
+        told = gpufarm(tmp_path, "doctor", "--state-dir", "state", "--json")
+        lost.communicate(b"\n")
+    finding = next(one for one in json.loads(told.stdout) if one["what"] == "state")
+    assert not finding["fine"]
+    assert "records of the farm" in finding["told"]
+    assert "gpufarm down" in finding["told"]
+    assert told.returncode == 1
+
+
 def test_logs_of_what_has_written_none(tmp_path: Path) -> None:
     (tmp_path / "state" / "logs").mkdir(parents=True)
     (tmp_path / "state" / "logs" / "w1.log").write_text("hello\n")
     assert "hello" in gpufarm(tmp_path, "logs", "w1", "--state-dir", "state").stdout
+    as_json = gpufarm(tmp_path, "logs", "w1", "--state-dir", "state", "--json")
+    assert json.loads(as_json.stdout)["message"] == "hello"
     told = gpufarm(tmp_path, "logs", "w9", "--state-dir", "state")
     assert told.returncode == 2
     assert "w9: it has written nothing yet, or does not exist; logs: w1" in told.stderr

@@ -175,10 +175,16 @@ def test_a_command_replaces_a_target_of_a_weaker_source(elsewhere: Path) -> None
         ("footprint.requests = [{path = '/x', jsno = 1}]", {}, ["jsno", "no such key"]),
         ("port = ", {}, ["gpufarm.toml: not TOML", "Invalid value"]),
         ("", {"GPUFARM_WORKER__COUNT": "2"}, ["did you mean GPUFARM_WORKERS__COUNT?"]),
-        ("", {"GPUFARM_WORKERS": "2"}, ["GPUFARM_WORKERS = 2", "keys are GPUFARM_WORKERS__COUNT"]),
+        (
+            "",
+            {"GPUFARM_WORKERS": "2"},
+            ["GPUFARM_WORKERS: there is", "keys are GPUFARM_WORKERS__COUNT"],
+        ),
         ("", {"GPUFARM_PORT": "http"}, ['GPUFARM_PORT = "http": must be a port']),
         ("", {"GPUFARM_WORKERS__COUNT": "-1"}, ['GPUFARM_WORKERS__COUNT = "-1": must be "auto"']),
-        ("", {"GPUFARM_MODEL__ARGS": "{"}, ["GPUFARM_MODEL__ARGS = {: must be JSON"]),
+        ("", {"GPUFARM_MODEL__ARGS": "{"}, ["GPUFARM_MODEL__ARGS: must be JSON"]),
+        ("", {"GPUFARM_MODEL__COMMAND": "a 'b"}, ["GPUFARM_MODEL__COMMAND: must be a command"]),
+        ("logs.format = 'xml'", {}, ['logs.format = "xml": must be "text" or "json"']),
         ("", {"GPUFARM_CONFIG_FILE": "x"}, ["GPUFARM_CONFIG_FILE", "no such setting"]),
         ("config_file = 'x'", {}, ["config_file", "no such key"]),
     ],
@@ -189,6 +195,44 @@ def test_one_line_names_the_key_the_value_and_the_remedy(
     line = complaint(toml, elsewhere, environ)
     for word in words:
         assert word in line
+
+
+@pytest.mark.parametrize(
+    ("toml", "environ"),
+    [
+        ("", {"GPUFARM_MODEL__ENVIROMENT__HF_TOKEN": "hf_abc123"}),
+        ("", {"GPUFARM_HF_HOME": "hf_abc123"}),
+        ("", {"GPUFARM_MODEL__ENVIRONMENT": "HF_HOME=hf_abc123"}),
+        ("", {"GPUFARM_MODEL__ARGS": "{'api': 'hf_abc123'}"}),
+        ("", {"GPUFARM_MODEL__READY_URL": "token=hf_abc123"}),
+        ("", {"GPUFARM_MODEL__COMMAND": "serve --x 'hf_abc123"}),
+        ("model.enviroment.HOME_OF_IT = 'hf_abc123'", {}),
+        ("model.enviroment = 'hf_abc123'", {}),
+        ("enviroment = [{HF_HOME = 'hf_abc123'}]", {}),
+        ("hf_token = 'hf_abc123'", {}),
+        ("model.environment.A = ['hf_abc123']", {}),
+        ("model.environment = ['hf_abc123']", {}),
+        ("model.command = 'serve --api-key hf_abc123'", {}),
+        ("model = ['hf_abc123', {environment = 'x'}, 'the password']", {}),
+        ("footprint.requests = [{path = '/x', jsno = 'hf_abc123'}]", {}),
+        ("footprint.requests = [{path = 'x', json = 'hf_abc123', content_type = 'auth'}]", {}),
+    ],
+)
+def test_what_may_be_a_secret_is_never_shown(
+    toml: str, environ: dict[str, str], elsewhere: Path
+) -> None:
+    assert "hf_abc123" not in complaint(toml, elsewhere, environ)
+
+
+def test_a_number_in_place_of_a_secret_is_hidden_too(elsewhere: Path) -> None:
+    line = complaint("model.environment.PIN = 4711", elsewhere, {})
+    assert line == "gpufarm.toml: model.environment.PIN = (hidden): must be a table of texts"
+    assert "4711" not in complaint("model.enviroment.pin_token = 4711", elsewhere, {})
+    assert "4711" not in complaint("api_key = 4711", elsewhere, {})
+
+
+def test_the_mark_of_a_farm_is_no_setting(elsewhere: Path) -> None:
+    assert load(None, {}, HOME | {"GPUFARM_FARM": "/somewhere"}).port == 8000
 
 
 def test_the_command_line_is_named_as_the_source(elsewhere: Path) -> None:

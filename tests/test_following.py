@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,15 +57,79 @@ def test_only_the_last_lines_to_begin_with(tmp_path: Path) -> None:
 
 
 def test_several_logs_name_their_process_and_one_does_not(tmp_path: Path) -> None:
-    (tmp_path / "w1.log").write_text("hello\n")
-    (tmp_path / "w10.log").write_text("there\n")
-    (tmp_path / "w2.log").write_text("you\n")
+    for index, (name, text) in enumerate([("w1", "hello"), ("w2", "you"), ("w10", "there")]):
+        path = tmp_path / f"{name}.log"
+        path.write_text(f"{text}\n")
+        os.utime(path, (1000 + index, 1000 + index))
     seen: list[str] = []
     Follower(tmp_path, (), seen.append, lines=5).show_new()
     assert seen == ["w1 | hello", "w2 | you", "w10 | there"]
     seen.clear()
     Follower(tmp_path, ("w2",), seen.append, lines=5).show_new()
     assert seen == ["you"]
+
+
+FIRST = {
+    "w1": (
+        "2026-11-25T12:00:03.000Z ERROR w1 the model failed id=7\n"
+        "Traceback (most recent call last):\n  File x\nValueError: y\n"
+        "2026-11-25T12:00:05.000Z INFO w1 request id=8\n"
+    ),
+    "w2": "no time\n2026-11-25T12:00:04.000Z INFO w2 request id=9\n",
+    "controller": '{"time": "2026-11-25T12:00:01.000Z", "level": "INFO", "process": "controller", '
+    '"message": "w1 is starting", "pid": 5}\n',
+    "nginx-error": "2026/11/25 12:00:02 [error] 7#0: refused\n",
+    "supervisord": "2026-11-25 12:00:00,500 INFO spawned\n",
+}
+
+
+@pytest.fixture
+def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The logs of a farm, whose local time is UTC."""
+    for name, text in FIRST.items():
+        (tmp_path / f"{name}.log").write_text(text)
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "UTC")
+        time.tzset()
+        yield tmp_path
+    time.tzset()
+
+
+def test_logs_are_merged_by_time(logs: Path) -> None:
+    seen: list[str] = []
+    follower = Follower(logs, (), seen.append, lines=20)
+    follower.show_new()
+    assert seen == [
+        "supervisord | 2026-11-25T12:00:00.500Z INFO spawned",
+        "controller | 2026-11-25T12:00:01.000Z INFO controller w1 is starting pid=5",
+        "nginx-error | 2026-11-25T12:00:02.000Z [error] 7#0: refused",
+        "w1 | 2026-11-25T12:00:03.000Z ERROR w1 the model failed id=7",
+        "w1 | Traceback (most recent call last):",
+        "w1 |   File x",
+        "w1 | ValueError: y",
+        "w2 | no time",
+        "w2 | 2026-11-25T12:00:04.000Z INFO w2 request id=9",
+        "w1 | 2026-11-25T12:00:05.000Z INFO w1 request id=8",
+    ]
+    seen.clear()
+    with (logs / "w2.log").open("a") as file:
+        file.write("2026-11-25T12:00:07.000Z INFO w2 later\n")
+    with (logs / "w1.log").open("a") as file:
+        file.write("printed\n")
+    follower.show_new()
+    assert seen == ["w1 | printed", "w2 | 2026-11-25T12:00:07.000Z INFO w2 later"]
+
+
+def test_merged_logs_as_json(logs: Path) -> None:
+    seen: list[str] = []
+    Follower(logs, (), seen.append, lines=20, as_json=True).show_new()
+    records = [json.loads(line) for line in seen]
+    names = ["supervisord", "controller", "nginx-error", "w1", "w2", "w2", "w1"]
+    assert [record["process"] for record in records] == names
+    assert [record["time"] for record in records] == sorted(record["time"] for record in records)
+    assert records[1]["pid"] == 5
+    assert records[3]["traceback"].splitlines()[-1] == "ValueError: y"
+    assert records[4]["message"] == "no time"
 
 
 def test_a_worker_that_appears_later_is_followed_too(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,16 +20,18 @@ import pytest
 from launcher.configuration.config import ProbeRequest, Settings, load
 from launcher.configuration.sizes import GIB, MIB
 from launcher.configuration.state import StateDir
+from launcher.planning import sampling
 from launcher.planning.devices import cpu_device
 from launcher.planning.footprint import MeasureError, Probe, measure
 from launcher.planning.host import read_host
-from launcher.planning.inventory import Footprint
+from launcher.planning.inventory import Device, Footprint, Host
 from launcher.planning.nvml import Driver
 from launcher.planning.plan import DoesNotFit
 from launcher.planning.sampling import CpuSampler, GpuSampler, Sampler, Usage, Watch, tree_pss
-from launcher.planning.sizing import known_footprint, measure_footprint
+from launcher.planning.sizing import build_plan, known_footprint, measure_footprint
 from launcher.processes.lone_worker import LoneWorker, free_port, lone_start
-from tests.fake_nvml import FakeNvml, Gpu
+from tests.fake_nvml import FakeNvml, Gpu, Process
+from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent
 
@@ -197,6 +201,8 @@ class GpuWorker:
     takes: int = 5 * GIB
     starts_with: int = 7 * GIB
     leaves: int = 0
+    meanwhile: Callable[[], None] = lambda: None
+    """What other processes do once it has loaded."""
     pid: int = field(default_factory=os.getpid)
     host: str = "127.0.0.1"
     ready_path: str = "/readyz"
@@ -209,6 +215,7 @@ class GpuWorker:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 worker.gpu.free = worker.before - worker.takes
+                worker.meanwhile()
                 self.send_response(200 if self.path == "/readyz" else 404)
                 self.end_headers()
 
@@ -261,6 +268,83 @@ def test_on_a_gpu_it_is_the_change_of_free_memory() -> None:
 @pytest.mark.parametrize("leaves", [GIB, -GIB])
 def test_a_neighbour_that_moves_meanwhile_is_noticed(leaves: int) -> None:
     assert not on_gpu(leaves=leaves).exact
+
+
+def measured_beside_others(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    disturbances: list[Callable[[Gpu], None]],
+    **traits: Any,
+) -> tuple[Footprint, Footprint | None, list[str]]:
+    """Measure on a fake GPU, one disturbance a measurement; what was found, what was kept, and
+    what was said."""
+    monkeypatch.setattr(sampling, "PATIENCE", 0.3)
+    tenants = [Process(1, 4 * GIB), Process(2, GIB)]
+    gpu = Gpu("GPU-a", 24 * GIB, 15 * GIB, processes=tenants)
+    monkeypatch.setattr(Driver, "open", lambda nvml=None: Driver(FakeNvml(gpu)))
+    settings = settings_for(
+        folder, {"target": "hello:Hello"}, **{"footprint.requests": [{"path": "/readyz"}]}
+    )
+    state = StateDir(settings.state_dir).create()
+    driver = Driver.open()
+    assert driver is not None
+    device, pending = driver.devices()[0][0], iter(disturbances)
+
+    def start(_: Device) -> GpuWorker:
+        disturb = next(pending)
+        return GpuWorker(gpu, meanwhile=lambda: disturb(gpu), **traits)
+
+    said: list[str] = []
+    found = measure_footprint(settings, [device], state, start, said.append)
+    assert next(pending, None) is None, "no measurement more, no fewer"
+    return found, known_footprint(settings, [device], state), said
+
+
+def leave(gpu: Gpu) -> None:
+    """The tenant with 4 GiB ends. ``GpuWorker`` sets what is free, so it stays in its memory."""
+    gpu.free += 4 * GIB
+    gpu.processes = [process for process in gpu.processes if process.pid != 1]
+
+
+def leave_while_another_comes(gpu: Gpu) -> None:
+    gpu.processes = [Process(3, 4 * GIB), Process(2, GIB)]
+
+
+def quiet(gpu: Gpu) -> None:
+    """Nothing moves."""
+
+
+@pytest.mark.parametrize("disturb", [leave, leave_while_another_comes])
+def test_a_disturbed_measurement_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disturb: Callable[[Gpu], None]
+) -> None:
+    found, kept, said = measured_beside_others(tmp_path, monkeypatch, [disturb, quiet])
+    assert (found.steady, found.exact) == (5 * GIB, True)
+    assert kept == found
+    assert "other processes moved memory of Card meanwhile: measuring again (2 of 3)" in said
+
+
+def test_a_guess_is_used_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def come_and_go(gpu: Gpu) -> None:
+        gpu.processes = [Process(gpu.processes[0].pid + 10, 4 * GIB)]
+
+    found, kept, said = measured_beside_others(tmp_path, monkeypatch, [come_and_go] * 3)
+    assert not found.exact
+    assert kept is None
+    card = Device("GPU-a", "Card", "gpu", 24 * GIB, 15 * GIB)
+    planned = build_plan(settings_for(tmp_path, {"target": "hello:Hello"}), [card], Host(), found)
+    assert any("is a guess and is not kept" in warning for warning in planned.warnings)
+    assert sum("measuring again" in line for line in said) == 2
+
+
+def test_a_measurement_that_tells_nothing_is_not_blamed_on_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"takes": 2 * GIB, "starts_with": 2 * GIB}
+    found, _, _ = measured_beside_others(tmp_path, monkeypatch, [leave, quiet], **small)
+    assert (found.steady, found.exact) == (2 * GIB, True)
+    with pytest.raises(MeasureError, match="other processes gave back memory of Card"):
+        measured_beside_others(tmp_path / "again", monkeypatch, [leave] * 3, **small)
 
 
 def test_a_worker_that_does_not_use_its_gpu_is_refused() -> None:
@@ -316,6 +400,7 @@ def test_probes_from_the_configuration(tmp_path: Path) -> None:
 
 
 def settings_for(folder: Path, model: dict[str, Any], **more: Any) -> Settings:
+    folder.mkdir(exist_ok=True)
     (folder / "gpufarm.toml").write_text('state_dir = "state"\n')
     return load(folder / "gpufarm.toml", {"model": model, **more}, {"HOME": str(folder)})
 
@@ -339,6 +424,52 @@ def test_a_real_worker_is_measured_once_and_remembered(tmp_path: Path) -> None:
     assert lines[0].startswith("measuring the footprint of one worker on CPU")
     assert lines[1] == "starting one worker alone"
     assert known_footprint(settings, [device], state) == found
+
+
+def test_a_measured_worker_bears_the_mark_and_ends_with_a_killed_command(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\n"
+        "class Slow:\n"
+        "    def setup(self, device):\n        time.sleep(600)\n"
+        "    def predict(self, request):\n        return request\n"
+    )
+    (tmp_path / "gpufarm.toml").write_text(
+        'state_dir = "state"\nmodel.target = "slow:Slow"\nbudget.devices = ["cpu"]\n'
+    )
+    command = [sys.executable, "-P", "-m", "launcher.command", "plan", "--measure"]
+    given = os.environ | {"GPUFARM_LOGS__BACKUPS": "1", "SUPERVISOR_PROCESS_NAME": "another's"}
+    with subprocess.Popen(command, cwd=tmp_path, env=given, stderr=subprocess.PIPE) as measuring:
+
+        def workers() -> list[psutil.Process]:
+            children = psutil.Process(measuring.pid).children()
+            return [child for child in children if "workers" in child.cmdline()]
+
+        found = until(workers, "a worker that loads")[0]
+        environment = found.environ()
+        measuring.kill()
+    assert environment["GPUFARM_FARM"] == str((tmp_path / "state").resolve())
+    assert "GPUFARM_LOGS__BACKUPS" not in environment
+    assert "SUPERVISOR_PROCESS_NAME" not in environment
+    try:
+        until(lambda: not alive(found), "the worker's end")
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            found.kill()
+
+
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_command_that_is_not_there_is_named(tmp_path: Path) -> None:
+    settings = settings_for(
+        tmp_path,
+        {"command": ["no-such-command-anywhere", "{port}"]},
+        **{"footprint.requests": [{"path": "/"}]},
+    )
+    state = StateDir(settings.state_dir)
+    with pytest.raises(MeasureError, match="could not load: cannot run no-such-command-anywhere"):
+        measure_footprint(settings, [cpu_device(read_host())], state, lone_start(settings, state))
 
 
 def test_a_worker_that_cannot_load_says_so(tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def test_the_digest_changes_with_what_is_served_and_with_nothing_else(tmp_path: 
     changes: list[dict[str, Any]] = [
         {"workers__line": 3},
         {"workers__threads": 2},
+        {"logs__format": "json"},
         {"model__name": "other"},
     ]
     for changed in changes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -244,6 +245,13 @@ def test_last_lines(tmp_path: Path) -> None:
     assert last_line(log) == "there are no weights"
     log.write_text("2026-01-02T03:04:05.678Z INFO w1 ready url=http://127.0.0.1:1\n")
     assert last_line(log) == "", "it says nothing about an end"
+    told = {"time": "2026-01-02T03:04:05.678Z", "process": "w1", "level": "ERROR"}
+    log.write_text(json.dumps(told | {"message": "cannot load: there are no weights"}) + "\n")
+    assert last_line(log) == "there are no weights"
+    log.write_text(json.dumps(told | {"level": "INFO", "message": "ready"}) + "\n")
+    assert last_line(log) == ""
+    log.write_text('{"error": "no weights"}\n')
+    assert last_line(log) == '{"error": "no weights"}'
     foreign = "2026-01-02T03:04:05.678Z INFO server exiting: CUDA error 700"
     log.write_text(f"{foreign}\n")
     assert last_line(log) == foreign, "somebody else's lines stay as they are"

@@ -18,6 +18,7 @@ from launcher.command import plan_command, report
 from launcher.configuration.config import ConfigError, Settings, load
 from launcher.configuration.sizes import GIB
 from launcher.configuration.state import StateDir
+from launcher.planning.footprint import MeasureError
 from launcher.planning.inventory import Device, Footprint, Host, Tenant
 from launcher.planning.plan import Limits, plan
 from launcher.processes.farm import Farm
@@ -103,6 +104,10 @@ def test_nothing_fits_is_exit_3_with_the_numbers(
         ({"devices": ["24GiB"], "footprint": "seven"}, "--footprint seven"),
         ({"devices": ["24GiB"], "footprint": "7GiB", "ram": "-1"}, "--ram -1"),
         ({"footprint": "0"}, "--footprint 0"),
+        ({"footprint": "0GiB"}, "--footprint 0GiB: must be more than 0 bytes"),
+        ({"devices": ["24"]}, "--device 24: a size needs its unit; write 24GiB"),
+        ({"devices": ["24GiB"], "footprint": "7"}, "--footprint 7: a size needs its unit"),
+        ({"devices": ["24GiB"], "footprint": "7GiB", "ram": "64"}, "--ram 64: a size needs"),
         ({"devices": ["24GiB"], "footprint": "7GiB", "cores": -1}, "--cores -1"),
     ],
 )
@@ -141,14 +146,12 @@ def test_measuring_once_is_enough(settings: Settings, capsys: pytest.CaptureFixt
         plan_command.run(settings, footprint="1GiB", measure=True)
 
 
-def test_a_failed_measurement_is_one_line(
-    settings: Settings, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_measurement_is_one_line(settings: Settings) -> None:
     (settings.folder / "hello.py").write_text("raise OSError('no weights')")
-    assert plan_command.run(settings, measure=True) == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("gpufarm: the worker could not load: model.target")
-    assert "no weights" in last
+    with pytest.raises(MeasureError, match=r"^the worker could not load: model\.target") as caught:
+        plan_command.run(settings, measure=True)
+    assert "no weights" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_running_farm_is_told_as_it_was_planned(

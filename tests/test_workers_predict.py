@@ -77,7 +77,9 @@ def test_every_answer_says_who_and_how_long(echo: WorkerProcess) -> None:
     assert float(answer.headers["x-queue-time-ms"]) >= 0
     assert float(answer.headers["x-inference-time-ms"]) >= 0
     assert answer.headers["server-timing"].startswith("queue;dur=")
-    eventually(lambda: "id=abc-1.2 POST /predict status=200" in echo.log, "its line in the log")
+    eventually(
+        lambda: "id=abc-1.2 method=POST path=/predict status=200" in echo.log, "its line in the log"
+    )
     made = echo.predict(1, headers={"X-Request-ID": "a b\tc"}).headers["x-request-id"]
     assert re.fullmatch("[0-9a-f]{32}", made)
 
@@ -181,7 +183,7 @@ def test_what_a_model_raises_is_500_without_its_secrets(faulty: WorkerProcess, k
     assert "secret" not in answer.text
     assert "Traceback" not in answer.text
     identity = answer.headers["x-request-id"]
-    eventually(lambda: f"the model failed id={identity} Traceback" in faulty.log, "the traceback")
+    eventually(lambda: f"the model failed id={identity}\nTraceback" in faulty.log, "the traceback")
 
 
 def test_a_model_refuses_with_400(faulty: WorkerProcess) -> None:

@@ -125,7 +125,8 @@ class ModelRoute:
     def _failure(self, error: EndsWorkers | ModelFailed, exchange: Exchange) -> ApiError:
         if isinstance(error, EndsWorkers):
             return self._too_deadly(error, exchange)
-        log.error("the model failed id=%s %s", exchange.id, error.trace)
+        told = {"fields": {"id": exchange.id}, "traceback": error.trace}
+        log.error("the model failed", extra=told)
         return ApiError(
             500,
             f"The model failed: {error.kind}. The worker's log has more, under {exchange.id}.",

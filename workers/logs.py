@@ -1,26 +1,72 @@
-"""Logs of a worker: one line each on stderr, ``time level worker message key=value …``."""
+"""Logs of a worker on stderr: ``time level worker message key=value …``, or JSON, an object a line.
+
+A traceback follows its record on lines of its own, or is one field of it.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import sys
 import time
+from typing import Any
 
 from workers.exchange import Exchange
 
 log = logging.getLogger("gpufarm.worker")
 
+_PLAIN = re.compile(r"[^\s\"=]+")
+"""A value that text shows without quotes."""
 
-class _OneLine(logging.Formatter):
-    """Whatever a record holds, a traceback too, it stays on one line."""
+
+class _Formatter(logging.Formatter):
+    """UTC to the millisecond. A record may carry ``fields`` (a dict) and ``traceback`` (a text)."""
 
     converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def _traceback(self, record: logging.LogRecord) -> str:
+        parts = [getattr(record, "traceback", "")]
+        if record.exc_info:
+            parts.append(self.formatException(record.exc_info))
+        if record.stack_info:
+            parts.append(self.formatStack(record.stack_info))
+        return "\n".join(line for part in parts for line in part.splitlines() if line.strip())
+
+
+class TextFormatter(_Formatter):
+    """The message stays on one line whatever it holds."""
+
     def format(self, record: logging.LogRecord) -> str:
-        lines = [line for line in super().format(record).splitlines() if line.strip()]
-        return " | ".join(lines)
+        lines = [line for line in record.getMessage().splitlines() if line.strip()]
+        head = f"{self.formatTime(record)} {record.levelname} {self._process} {' | '.join(lines)}"
+        for key, value in getattr(record, "fields", {}).items():
+            text = str(value)
+            head += f" {key}={text if _PLAIN.fullmatch(text) else json.dumps(text)}"
+        traceback = self._traceback(record)
+        return f"{head}\n{traceback}" if traceback else head
+
+
+class JsonFormatter(_Formatter):
+    """``time``, ``level``, ``process``, ``message``, the fields, and ``traceback`` if there is."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        body: dict[str, Any] = {
+            "time": self.formatTime(record),
+            "level": record.levelname,
+            "process": self._process,
+            "message": record.getMessage(),
+        }
+        body = {**getattr(record, "fields", {}), **body}
+        if traceback := self._traceback(record):
+            body["traceback"] = traceback
+        return json.dumps(body, ensure_ascii=False, default=str)
 
 
 class _Expected(logging.Filter):
@@ -30,43 +76,42 @@ class _Expected(logging.Filter):
         return "without completing response" not in record.getMessage()
 
 
-def set_up(worker_id: str) -> None:
+_expected = _Expected()
+
+
+def set_up(worker_id: str, log_format: str = "text") -> None:
+    """Log to stderr as "text" or "json"; may be called again."""
     handler = logging.StreamHandler(sys.stderr)
-    shown = worker_id.replace("%", "%%")
-    handler.setFormatter(_OneLine(f"%(asctime)s %(levelname)s {shown} %(message)s"))
+    formatter = JsonFormatter if log_format == "json" else TextFormatter
+    handler.setFormatter(formatter(worker_id))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     log.setLevel(logging.INFO)
     uvicorn = logging.getLogger("uvicorn.error")
     uvicorn.setLevel(logging.WARNING)
-    uvicorn.addFilter(_Expected())
+    uvicorn.addFilter(_expected)
     logging.captureWarnings(True)
 
 
 def request_line(exchange: Exchange) -> None:
-    """The one line that every request for the model leaves."""
+    """The one record that every request for the model leaves."""
     if not log.isEnabledFor(logging.INFO):
         return
     job = exchange.job
-    queue = 1000 * job.queue_seconds if job else 0.0
-    inference = 1000 * job.service_seconds if job else 0.0
-    extra = ""
+    fields: dict[str, Any] = {
+        "id": exchange.id,
+        "method": exchange.method,
+        "path": exchange.path,
+        "status": 499 if exchange.left else exchange.status,
+        "queue_ms": round(1000 * job.queue_seconds if job else 0.0, 2),
+        "inference_ms": round(1000 * job.service_seconds if job else 0.0, 2),
+        "total_ms": round(1000 * exchange.seconds, 2),
+    }
     if exchange.cut is not None:
-        extra += f" cut={exchange.cut}"
+        fields["cut"] = exchange.cut
     if exchange.dropped is not None:
-        extra += f" dropped={exchange.dropped.stage}"
+        fields["dropped"] = exchange.dropped.stage
     if exchange.audio_seconds:
-        extra += f" audio_s={exchange.audio_seconds:.2f}"
-    status = 499 if exchange.left else exchange.status
-    log.info(
-        "request id=%s %s %s status=%s queue_ms=%.2f inference_ms=%.2f total_ms=%.2f%s",
-        exchange.id,
-        exchange.method,
-        exchange.path,
-        status,
-        queue,
-        inference,
-        1000 * exchange.seconds,
-        extra,
-    )
+        fields["audio_s"] = round(exchange.audio_seconds, 2)
+    log.info("request", extra={"fields": fields})

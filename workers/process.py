@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     spec = read_spec(options.spec)
+    logs.set_up(options.id, spec.log_format)
     if spec.cache_dir is not None:
         os.environ.setdefault("GPUFARM_CACHE_DIR", str(spec.cache_dir))
     with reserve(options.host, options.port) as reserved:

@@ -29,6 +29,8 @@ class Spec:
     body_limit: int = 64 * 1024 * 1024
     input_limit: int = 16384
     cache_dir: Path | None = None
+    log_format: str = "text"
+    """"text" or "json" """
 
     @property
     def names(self) -> list[str]:
@@ -37,7 +39,11 @@ class Spec:
 
 
 _MODEL_KEYS = ("target", "args", "name", "aliases")
-_KEYS = ("model", "path", "line", "request_timeout", "body_limit", "input_limit", "cache_dir")
+_KEYS = (
+    *("model", "path", "line", "request_timeout", "body_limit", "input_limit", "cache_dir"),
+    "log_format",
+)
+_LOG_FORMATS = ("text", "json")
 
 
 def read_spec(file: Path) -> Spec:
@@ -76,6 +82,7 @@ def parse_spec(document: Any) -> Spec:
         body_limit=_whole(top.get("body_limit", Spec.body_limit), "body_limit", least=1),
         input_limit=_whole(top.get("input_limit", Spec.input_limit), "input_limit", least=1),
         cache_dir=None if cache is None else Path(_text(cache, "cache_dir")),
+        log_format=_log_format(top.get("log_format", Spec.log_format)),
     )
 
 
@@ -119,6 +126,12 @@ def _seconds(value: Any, key: str) -> float:
     if not number or not math.isfinite(value) or value <= 0:
         raise LoadError(f"{key} is {_shown(value)}; a number of seconds above 0 is needed")
     return float(value)
+
+
+def _log_format(value: Any) -> str:
+    if value not in _LOG_FORMATS:
+        raise LoadError(f'log_format is {_shown(value)}; it must be "text" or "json"')
+    return str(value)
 
 
 def _shown(value: Any) -> str:

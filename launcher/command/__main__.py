@@ -6,11 +6,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sys
 from contextlib import suppress
 from types import FrameType
+from typing import NoReturn, Protocol, TypeGuard
+
+from typer import Abort
 
 from launcher.command.cli import app
 from launcher.command.codes import (
@@ -21,6 +25,15 @@ from launcher.command.codes import (
     INTERRUPTED,
     NOT_RUNNING,
 )
+
+
+class UsageError(Protocol):
+    """What Typer raises for a wrong command line."""
+
+    exit_code: int
+
+    def format_message(self) -> str: ...
+    def show(self) -> None: ...
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -60,26 +73,49 @@ def main() -> None:
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _leave)
     try:
-        app()
-    except KeyboardInterrupt:
+        sys.exit(app(standalone_mode=False) or DONE)
+    except (KeyboardInterrupt, Abort):
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(DONE)
     except Exception as error:
+        if is_usage_error(error):
+            error.show()
+            _print_json(error.format_message(), error.exit_code, error)
+            sys.exit(error.exit_code)
         code = _exit_code(error)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" ({error.filename})" if error.filename else ""
-            print(
-                f"gpufarm: the disk is full{where}; free some space and run the command again",
-                file=sys.stderr,
-            )
-            sys.exit(FAILED)
+            _fail(f"the disk is full{where}; free some space and run the command again", FAILED)
         if code is None:
-            _explain_mistake(error)
-            sys.exit(FAILED)
-        print(f"gpufarm: {error}", file=sys.stderr)
-        sys.exit(code)
+            _fail(_explain_mistake(error), FAILED, error)
+        _fail(str(error), code, error)
+
+
+def is_usage_error(error: Exception) -> TypeGuard[UsageError]:
+    """Whether the command line itself is wrong: an unknown option, a missing argument.
+
+    Typer brings click's exceptions from a module that changes with its version.
+    """
+    return hasattr(error, "format_message") and hasattr(error, "exit_code")
+
+
+def _fail(message: str, code: int, error: Exception | None = None) -> NoReturn:
+    """One line on standard error, the same as JSON on standard output where it was asked for."""
+    print(f"gpufarm: {message}", file=sys.stderr)
+    _print_json(message, code, error)
+    sys.exit(code)
+
+
+def _print_json(message: str, code: int, error: object) -> None:
+    """The error on standard output, where ``--json`` is among the arguments."""
+    arguments = sys.argv[1:]
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if "--json" in options:
+        kind = "OSError" if error is None else type(error).__name__
+        body = {"error": {"message": message, "code": code, "type": kind}}
+        print(json.dumps(body, indent=2, ensure_ascii=False))
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -88,8 +124,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def _explain_mistake(error: Exception) -> None:
-    """An error that nobody expected: one line for the user, a file for whoever mends it."""
+def _explain_mistake(error: Exception) -> str:
+    """The line about an unexpected error; its traceback goes into a file."""
     import tempfile
     import traceback
 
@@ -101,7 +137,7 @@ def _explain_mistake(error: Exception) -> None:
             traceback.print_exception(error, file=file)
         details = f"details in {file.name}"
     told = " ".join(str(error).split())
-    print(f"gpufarm: {type(error).__name__}: {told} (unexpected; {details})", file=sys.stderr)
+    return f"{type(error).__name__}: {told} (unexpected; {details})"
 
 
 if __name__ == "__main__":

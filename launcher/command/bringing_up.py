@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,8 @@ from launcher.command.client import AwayError, Client, answers, serves
 from launcher.command.settling import Say, check_port, make_plan
 from launcher.configuration.config import ConfigError, Settings
 from launcher.configuration.state import StateDir, read_json, write_json
+from launcher.planning.devices import CPU
+from launcher.planning.held import Held, held_by
 from launcher.planning.plan import Plan
 from launcher.planning.sampling import tree_pss
 from launcher.processes import farm as farms
@@ -78,8 +80,8 @@ class Up:
         if not self._has_port_already():
             check_port(self.settings)
         self._announce()
-        held = Counter({"cpu": sum(tree_pss(process.pid) for process in left)})
-        plan = make_plan(self.settings, self.state, self.say, held if left else None)
+        held = _held_by_leftovers(before, left)
+        plan = make_plan(self.settings, self.state, self.say, held)
         block = self._ports(self.state.ports(), left)
         self.state.record_ports(block)
         generation = Generation(
@@ -221,11 +223,8 @@ class Up:
 
     def _replan(self, running: Farm) -> Plan:
         """A plan for what a running farm may use: what is free, and what its workers hold."""
-        held: Counter[str] = Counter()
-        for worker in retried(Client(running).workers)["workers"]:
-            # Where the driver does not tell whose memory it is, a worker has what was measured.
-            expected = running.plan.footprint.steady if worker["pid"] else 0
-            held[worker["device"]] += worker["memory_bytes"] or expected
+        workers = retried(Client(running).workers)["workers"]
+        held = held_by(workers, running.plan.footprint)
         return make_plan(self.settings, self.state, self.say, held)
 
     def _ports(self, recorded: tuple[int, ...], left: Sequence[psutil.Process]) -> tuple[int, ...]:
@@ -285,6 +284,22 @@ class Up:
             farm = farms.load(self.state)
             if farm is not None and farm.candidate is None:
                 self.apply(farm)
+
+
+def _held_by_leftovers(before: Farm | None, left: Sequence[psutil.Process]) -> Held:
+    """What the workers of a farm that was killed hold until they are ended."""
+    if before is None:
+        return Held({CPU: sum(tree_pss(process.pid) for process in left)})
+    device = {slot.id: slot.device_id for slot in before.plan.slots}
+    workers = []
+    for process in left:
+        with suppress(psutil.Error):
+            name = process.environ().get(orphans.NAME_MARK, "")
+            if name in device:
+                on_cpu = device[name] == CPU
+                size = tree_pss(process.pid) if on_cpu else 0
+                workers.append({"pid": process.pid, "device": device[name], "memory_bytes": size})
+    return held_by(workers, before.plan.footprint)
 
 
 def _count(settings: Settings) -> object:

@@ -151,7 +151,7 @@ def show(farm: Farm, view: dict[str, Any], as_json: bool, closing: bool = False)
 
 
 @app.command()
-def down(config: ConfigFile = None, state_dir: StateFolder = None) -> None:
+def down(config: ConfigFile = None, state_dir: StateFolder = None, as_json: AsJson = False) -> None:
     """Stop the farm, once it has finished what it has.
 
     First nginx stops to take requests, then every worker ends when its line is empty.
@@ -162,6 +162,8 @@ def down(config: ConfigFile = None, state_dir: StateFolder = None) -> None:
     state = state_of(config, state_dir)
     with progress("stopping") as say:
         bring_down(state, say)
+    if as_json:
+        print(json.dumps({"state": "down", "state_dir": str(state.path)}, indent=2))
 
 
 @app.command()
@@ -293,8 +295,9 @@ def logs(
     ] = 20,
     config: ConfigFile = None,
     state_dir: StateFolder = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Print the logs of the farm's processes."""
+    """Print the logs of the farm's processes, in the order of time (UTC)."""
     from launcher.command.client import NotRunningError
     from launcher.command.following import Follower
     from launcher.configuration.config import ConfigError
@@ -302,7 +305,7 @@ def logs(
     state = state_of(config, state_dir)
     if not state.logs.is_dir():
         raise NotRunningError(f"there are no logs in {state.path}; no farm has run there")
-    follower = Follower(state.logs, (process,) if process else (), print, lines)
+    follower = Follower(state.logs, (process,) if process else (), print, lines, as_json)
     if process and not follow and not (state.logs / f"{process}.log").exists():
         there = ", ".join(sorted(path.stem for path in state.logs.glob("*.log"))) or "none"
         raise ConfigError(

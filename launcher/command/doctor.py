@@ -128,7 +128,7 @@ def _farm(settings: Settings) -> Iterator[Finding]:
             told = "held by this farm's own nginx: `gpufarm up` or `gpufarm down` mends that"
         yield Finding(f"port {settings.port}", free, told)
         farm = None
-    except (ConfigError, StateError) as error:
+    except (AwayError, ConfigError, StateError) as error:  # AwayError: its records are lost
         yield Finding("state", False, str(error))
         return
     if farm is not None:

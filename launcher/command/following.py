@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launcher.command.log_records import Record, records_of
 from launcher.configuration.config import ConfigError
 
 POLL = 0.2
@@ -28,6 +29,10 @@ class LogFile:
     inode: int = 0
     rest: bytes = field(default=b"", repr=False)
     """The beginning of a line whose end has not been written yet."""
+    last: float = 0.0
+    """The time of its last record that tells one (Unix seconds); 0 while there was none."""
+    written: float = 0.0
+    """When the file was last written, as of the last look."""
 
     def skip_to_last(self, lines: int) -> None:
         """Begin ``lines`` before the end."""
@@ -39,12 +44,21 @@ class LogFile:
         kept = data.splitlines(keepends=True)[-lines:] if lines else []
         self.position = len(data) - sum(len(line) for line in kept)
 
+    def new_records(self) -> list[Record]:
+        """What is new, as records. Lines of a process that tells no times have that of the file."""
+        lines = self.new_lines()
+        records = records_of(self.name, lines, self.last, self.written)
+        if records and (self.last or records[-1].time != self.written):
+            self.last = records[-1].time
+        return records
+
     def new_lines(self) -> list[str]:
         """Complete lines since the last call."""
         lines = []
         try:
             with self.path.open("rb") as file:
                 status = os.fstat(file.fileno())
+                self.written = status.st_mtime
                 if self.inode and status.st_ino != self.inode:
                     lines = self._rest_of_rotated()
                 if status.st_ino != self.inode or status.st_size < self.position:
@@ -88,11 +102,18 @@ def log_files(logs: Path, chosen: Sequence[str] = ()) -> list[LogFile]:
 
 
 class Follower:
-    """Prints what is new in a set of logs, each line with the name of its process."""
+    """Prints what is new in a set of logs in the order of time, each line with the name of its
+    process; or as JSON, one object a line."""
 
     def __init__(
-        self, logs: Path, chosen: Sequence[str], write: Callable[[str], None], lines: int
+        self,
+        logs: Path,
+        chosen: Sequence[str],
+        write: Callable[[str], None],
+        lines: int,
+        as_json: bool = False,
     ) -> None:
+        self._as_json = as_json
         self._logs = logs
         self._chosen = chosen
         self._write = write
@@ -105,13 +126,18 @@ class Follower:
         if not self._chosen:
             known = {file.name for file in self._files}
             self._files += [file for file in log_files(self._logs) if file.name not in known]
-        shown = False
-        for file in self._files:
-            for line in file.new_lines():
-                prefix = f"{file.name} | " if len(self._files) > 1 else ""
-                self._write(f"{prefix}{line}")
-                shown = True
-        return shown
+        new = [record for file in self._files for record in file.new_records()]
+        for record in sorted(new, key=lambda record: record.time):
+            self._show(record)
+        return bool(new)
+
+    def _show(self, record: Record) -> None:
+        if self._as_json:
+            self._write(record.to_json())
+            return
+        prefix = f"{record.process} | " if len(self._files) > 1 else ""
+        for line in record.text:
+            self._write(f"{prefix}{line}")
 
     def follow(self, until: Callable[[], bool] = lambda: False) -> None:
         """Print on and on, until told or interrupted."""

@@ -48,7 +48,8 @@ class _Stay:
         self._farm = farm
         self._stop = threading.Event()
         self._hopeless = False
-        self._follower = Follower(farm.state.logs, (), _print, lines=0)
+        as_json = farm.settings.logs.format == "json"
+        self._follower = Follower(farm.state.logs, (), _print, lines=0, as_json=as_json)
 
     def until_told(self) -> int:
         child = self._run.child

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 from launcher.command import report
 from launcher.command.codes import DOES_NOT_FIT, DONE, FAILED
 from launcher.configuration.config import Settings
-from launcher.configuration.sizes import format_size, parse_size
+from launcher.configuration.sizes import format_size, parse_size_with_unit
 from launcher.configuration.sources import ConfigError
 from launcher.configuration.state import StateDir
 from launcher.planning import sizing
 from launcher.planning.devices import discover, imagined
-from launcher.planning.footprint import MeasureError
 from launcher.planning.host import overridden
 from launcher.planning.inventory import Device, Footprint, Host
 from launcher.planning.plan import Plan
@@ -42,12 +41,12 @@ def run(
     measure: bool = False,
     running: Farm | None = None,
 ) -> int:
-    """Print the plan; the exit code: 0, 1 (footprint unknown, measuring failed), 3 (does not fit).
+    """Print the plan; the exit code: 0, 1 (footprint unknown), 3 (does not fit).
 
     ``devices`` are sizes of devices that need not exist: then this host is ignored, except for
     what ``cores`` and ``ram`` say, and for a footprint that was measured on it. ``running``: the
     farm that runs, whose plan is told as it is, since its own workers hold the memory.
-    Raises ConfigError.
+    Raises ConfigError, and MeasureError where measuring fails.
     """
     if running is not None and not (devices or footprint or measure):
         notes: tuple[str, ...] = ("The plan of the running farm, as it was when it started:",)
@@ -66,11 +65,7 @@ def run(
         here = discover(found_host, settings.budget.devices)
         if not devices:
             host, places, notes = found_host, here.devices, here.notes
-        try:
-            known = known or _footprint_of(settings, here.devices, measure)
-        except MeasureError as error:
-            print(f"gpufarm: {error}", file=sys.stderr)
-            return FAILED
+        known = known or _footprint_of(settings, here.devices, measure)
         if measure and settings.footprint.bytes:
             stated = format_size(settings.footprint.bytes)
             notes += (f"footprint.bytes = {stated}, and that is what `up` takes.",)
@@ -88,12 +83,9 @@ def _size(option: str, text: str | None) -> int | None:
     if not text:
         return None
     try:
-        size = parse_size(text)
+        return parse_size_with_unit(text)
     except ValueError as error:
         raise ConfigError(f"{option} {text}: {error}") from None
-    if size == 0:
-        raise ConfigError(f"{option} {text}: must be more than nothing")
-    return size
 
 
 def _footprint_of(settings: Settings, devices: Sequence[Device], measure: bool) -> Footprint | None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from balancer.start import why_not_free
 from launcher.configuration.config import ConfigError, Settings
 from launcher.configuration.sizes import format_size
 from launcher.configuration.state import StateDir
-from launcher.planning import sizing
-from launcher.planning.devices import discover
+from launcher.planning import reservations, sizing
+from launcher.planning.devices import CPU, discover
+from launcher.planning.held import Held, about_to_use
 from launcher.planning.inventory import Device
 from launcher.planning.plan import DoesNotFit, Plan
 from launcher.processes.lone_worker import lone_start
@@ -47,13 +47,14 @@ def check_port(settings: Settings, running: Settings | None = None) -> None:
     raise ConfigError(f"{key}: {told} {where}; {remedy}")
 
 
-def make_plan(
-    settings: Settings, state: StateDir, say: Say, held: Counter[str] | None = None
-) -> Plan:
+def make_plan(settings: Settings, state: StateDir, say: Say, held: Held | None = None) -> Plan:
     """Devices, footprint (measured where it is not known) and the plan, which fits.
 
-    ``held``: bytes that a farm's own workers hold on each device. Raises DoesNotFit, MeasureError.
+    ``held``: what a farm's own workers hold. What the workers to come will use is reserved for this
+    farm, so that another that starts now does not plan with it; a refusal changes no reservation.
+    Raises DoesNotFit, MeasureError.
     """
+    mine = held or Held()
     found = discover(sizing.read_host(settings), settings.budget.devices)
     for note in found.notes:
         say(note)
@@ -64,24 +65,46 @@ def make_plan(
                 settings, found.devices, state, lone_start(settings, state), say
             )
         except DoesNotFit as error:
-            if not held:
+            own = sum(mine.devices.values())
+            if not own:
                 raise
-            own = format_size(held.total())
             raise DoesNotFit(
-                f"{error}. This farm's own workers hold {own}: run `gpufarm down` first, or state "
-                f"footprint.bytes"
+                f"{error}. This farm's own workers hold {format_size(own)}: run `gpufarm down` "
+                f"first, or state footprint.bytes"
             ) from None
-    host = sizing.read_host(settings)
-    devices = discover(host, settings.budget.devices).devices
-    mine = held or Counter()
-    devices = tuple(_with_room(device, mine[device.id]) for device in devices)
-    if host.ram_free is not None:
-        host = replace(host, ram_free=host.ram_free + mine["cpu"])
-    plan = sizing.build_plan(settings, devices, host, footprint).checked()
+    with reservations.locked():
+        reserved = reservations.others(state.path)  # before what is free is read
+        host = sizing.read_host(settings, mine.ram, reserved.get(CPU, 0))
+        devices = tuple(
+            _with_room(device, mine, reserved.get(device.id, 0))
+            for device in discover(host, settings.budget.devices).devices
+        )
+        told = _tell_reserved(devices, reserved, say)
+        plan = sizing.build_plan(settings, devices, host, footprint)
+        if plan.refusal:
+            raise DoesNotFit(plan.refusal + told)
+        reservations.reserve(state.path, about_to_use(plan, mine))
     for warning in plan.warnings:
         say(f"warning: {warning}")
     return plan
 
 
-def _with_room(device: Device, held: int) -> Device:
-    return replace(device, free=min(device.total, device.free + held))
+def _with_room(device: Device, held: Held, reserved: int) -> Device:
+    """The device with what the farm's own workers hold, without what others will use of it."""
+    if device.id == CPU:  # `sizing.read_host` has reckoned with both
+        return device
+    free = device.free + held.devices.get(device.id, 0) - reserved
+    return replace(device, free=max(0, min(device.total, free)))
+
+
+def _tell_reserved(devices: Sequence[Device], reserved: Mapping[str, int], say: Say) -> str:
+    """Say what other farms are about to use; the same as an end to a refusal."""
+    named = {device.id: device.name for device in devices} | {CPU: "RAM"}
+    notes = [
+        f"{format_size(size)} of {named[id_]} are about to be used by another farm"
+        for id_, size in reserved.items()
+        if id_ in named
+    ]
+    for note in notes:
+        say(note)
+    return "".join(f"; {note}" for note in notes)

@@ -200,6 +200,7 @@ class LogsSettings(_Section):
 
     max_bytes: Size = Field(default=10 * MIB, description='a size such as "10MiB"')
     backups: Whole = Field(default=3, ge=0, description="a whole number from 0")
+    format: Literal["text", "json"] = Field(default="text", description='"text" or "json"')
 
 
 class Settings(_Section):

@@ -45,6 +45,19 @@ def parse_size(value: object) -> int:
     raise ValueError('must be a size such as "7GiB", "512MiB" or a number of bytes')
 
 
+def parse_size_with_unit(text: str) -> int:
+    """As ``parse_size``, but a bare number is refused: on a command line "24" may mean GiB.
+
+    Raises ValueError; also for a size of 0.
+    """
+    if re.fullmatch(r"\s*\d+(?:\.\d+)?\s*", text):
+        raise ValueError(f"a size needs its unit; write {text.strip()}GiB or {text.strip()}MiB")
+    size = parse_size(text)
+    if size == 0:
+        raise ValueError("must be more than 0 bytes")
+    return size
+
+
 def format_size(size: int) -> str:
     """A size for people: two decimals at most, ``"22.8 GiB"``; exact ones stay ``"7 GiB"``."""
     for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):

@@ -24,12 +24,18 @@ from pydantic_core import ErrorDetails
 PREFIX = "GPUFARM_"
 FILE_NAME = "gpufarm.toml"
 
-_NOT_KEYS = {"GPUFARM_CONFIG", "GPUFARM_WORKER_ID", "GPUFARM_CACHE_DIR"}
+_NOT_KEYS = {"GPUFARM_CONFIG", "GPUFARM_WORKER_ID", "GPUFARM_CACHE_DIR", "GPUFARM_FARM"}
 _NOT_KEY_PATTERNS = re.compile(
     r"GPUFARM_TEST_.*"
     # Kubernetes and Docker links give these to every container beside a service named gpufarm.
     r"|GPUFARM_SERVICE_(HOST|PORT(_.*)?)|GPUFARM_PORT_\d+_(TCP|UDP)(_.*)?"
 )
+
+HIDDEN = "(hidden)"
+"""Shown in an error message in place of a value that may be a secret."""
+_SECRET = re.compile(r"token|secret|passw|key|credential|auth", re.IGNORECASE)
+_ENVIRONMENT = "environment"
+"""The table whose values are never shown, wherever it stands."""
 
 
 class ConfigError(Exception):
@@ -143,7 +149,8 @@ def _environment(schema: type[BaseModel], environ: Mapping[str, str]) -> Layer:
             hint = f"did you mean {guess}?" if guess else "unset it"
             if inner := [name for name in known if name.startswith(f"{variable}__")]:
                 hint = f"its keys are {', '.join(inner)}"
-            raise ConfigError(f"{variable} = {text}: there is no such setting; {hint}")
+            # Its value may be anything, such as a token under a misspelt name: it is not shown.
+            raise ConfigError(f"{variable}: there is no such setting; {hint}")
         node = layer.values
         for parent in path[:-1]:
             node = node.setdefault(parent, {})
@@ -180,12 +187,15 @@ def _parse(variable: str, text: str, info: FieldInfo, path: list[str]) -> Any:
         return text
     if kind is tuple and not text.lstrip().startswith("["):
         if path[-1] == "command":
-            return shlex.split(text)
+            try:
+                return shlex.split(text)
+            except ValueError as error:
+                raise ConfigError(f"{variable}: must be a command line ({error})") from None
         return [item.strip() for item in text.split(",") if item.strip()]
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{variable} = {text}: must be JSON ({error})") from None
+    except ValueError as error:  # it tells the place, not the text
+        raise ConfigError(f"{variable}: must be JSON ({error})") from None
 
 
 def _json_or_text(text: str) -> Any:
@@ -263,8 +273,9 @@ def _check_keys(schema: type[BaseModel], layer: Layer) -> None:
                 siblings = [prefix + key for key in keys]
                 guess = (tails or [nearest(prefix + name, siblings) or guess])[0]
                 hint = f"did you mean {guess}?" if guess else f"known: {', '.join(keys)}"
+                shown = _show_unknown(f"{prefix}{name}", value)
                 raise ConfigError(
-                    f"{layer.label}: {prefix}{name} = {_show(value)}: there is no such key; {hint}"
+                    f"{layer.label}: {prefix}{name} = {shown}: there is no such key; {hint}"
                 )
             if (section := _section(keys[name])) and isinstance(value, Mapping):
                 walk(section, value, f"{prefix}{name}.")
@@ -293,15 +304,15 @@ def _explain_one(schema: type[BaseModel], problem: ErrorDetails, layers: list[La
     if complaint:
         remedy = complaint
     elif problem["type"] == "extra_forbidden":
-        remedy = "there is no such key"
+        return f"{where}: {key} = {_show_unknown(key, value)}: there is no such key"
     elif problem["type"] in ("model_type", "model_attributes_type"):
         remedy = "must be a section (a table of keys)"
     else:
         info = _field(schema, names)
         remedy = f"must be {info.description}" if info and info.description else problem["msg"]
     if layer and names in layer.names:
-        return f"{layer.names[names]} = {_show(value)}: {remedy}"
-    return f"{where}: {key} = {_show(value)}: {remedy}"
+        return f"{layer.names[names]} = {_show(key, value)}: {remedy}"
+    return f"{where}: {key} = {_show(key, value)}: {remedy}"
 
 
 def _field(schema: type[BaseModel], names: tuple[str, ...]) -> FieldInfo | None:
@@ -316,6 +327,21 @@ def _join(text: str) -> str:
     return f".{text}" if re.match(r"\w+ = ", text) else f" {text}"
 
 
-def _show(value: Any) -> str:
+def _show(key: str, value: Any) -> str:
+    """The value of a known key for an error message; what may be a secret is hidden.
+
+    Hidden are the entries of ``model.environment``, and whatever is named like a secret or names
+    one itself (``--api-key abc``).
+    """
+    if _ENVIRONMENT in key.split(".") or _SECRET.search(key):
+        return HIDDEN
     text = json.dumps(value, ensure_ascii=False, default=str)
+    if _SECRET.search(text) or (isinstance(value, Mapping) and _ENVIRONMENT in value):
+        return HIDDEN
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _show_unknown(key: str, value: Any) -> str:
+    """The value of a key that does not exist: only a number, for a text or a table may be an
+    entry of a misspelt ``model.environment``."""
+    return _show(key, value) if isinstance(value, int | float) else HIDDEN

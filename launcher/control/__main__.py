@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 from contextlib import suppress
 from pathlib import Path
 
 from launcher.configuration.state import StateDir
+from launcher.control import logs
 from launcher.control.admin import AdminServer
 from launcher.control.controller import Controller
 from launcher.processes import farm as farms
@@ -32,10 +32,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="launcher.control", description=__doc__)
     parser.add_argument("--state", type=Path, required=True)
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logs.set_up()
     farm = farms.load(StateDir(options.state))
     if farm is None:
         parser.exit(1, f"no farm is recorded in {options.state}; run `gpufarm up`\n")
+    logs.set_up(farm.settings.logs.format)
     asyncio.run(serve(farm))
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from launcher.configuration.sizes import parse_size
+from launcher.configuration.sizes import parse_size_with_unit
 from launcher.configuration.sources import ConfigError
 from launcher.planning.inventory import Device, Host
 from launcher.planning.nvml import Driver, Nvml
@@ -73,11 +73,9 @@ def imagined(sizes: Sequence[str]) -> tuple[Device, ...]:
     devices = []
     for index, text in enumerate(sizes):
         try:
-            size = parse_size(text)
+            size = parse_size_with_unit(text)
         except ValueError as error:
             raise ConfigError(f"--device {text}: {error}") from None
-        if size <= 0:
-            raise ConfigError(f"--device {text}: must be more than nothing")
         devices.append(Device(f"device{index}", text, "imagined", size, size, index))
     return tuple(devices)
 

@@ -28,6 +28,10 @@ class MeasureError(Exception):
     """The footprint could not be measured. One line: what happened and what to do; exit code 1."""
 
 
+class DisturbedError(MeasureError):
+    """Other processes moved the device's memory so much that nothing can be said of the worker."""
+
+
 class RunningWorker(Protocol):
     """One worker, started alone."""
 
@@ -91,7 +95,8 @@ def measure(
 
     Without ``requests`` the worker is asked for its ``longest_request`` (GET /health). Peak is the
     highest use until it is warm, steady the highest use afterwards. Seconds for the deadlines.
-    Raises MeasureError; the worker is ended whatever happens.
+    Raises MeasureError, DisturbedError where other processes spoilt it; the worker is ended
+    whatever happens.
     """
     sampler.begin()
     progress("starting one worker alone")
@@ -122,7 +127,12 @@ def measure(
 
 
 def _result(watch: Watch, sampler: Sampler, requests: int, device: str) -> Footprint:
-    steady = watch.device["serving"]
+    steady, exact = watch.device["serving"], sampler.returned()
+    if steady < MIB and not exact:
+        raise DisturbedError(
+            f"other processes gave back memory of {device or 'the device'} while the footprint was "
+            f"measured; try again when it is quiet, or set footprint.bytes"
+        )
     if steady < MIB:
         raise MeasureError(
             f"the worker took no memory of {device or 'its device'}: does the model run there? "
@@ -137,7 +147,7 @@ def _result(watch: Watch, sampler: Sampler, requests: int, device: str) -> Footp
         device=device,
         samples=watch.samples,
         requests=requests,
-        exact=sampler.returned(),
+        exact=exact,
     )
 
 

@@ -81,7 +81,8 @@ class Footprint:
     requests: int = 0
     """How many requests were run while measuring."""
     exact: bool = True
-    """False when others used the device meanwhile: then it is an upper guess."""
+    """False when other processes moved the device's memory meanwhile: then it is a guess, too large
+    where one came and too small where one left."""
 
     @classmethod
     def covering(cls, several: Sequence[Footprint]) -> Footprint:

@@ -18,6 +18,8 @@ from launcher.planning.nvml import Driver
 
 INTERVAL = 0.05
 """Seconds between samples."""
+PATIENCE = 10.0
+"""Seconds to wait for a device's memory to come to rest."""
 SETTLED = 64 * MIB
 """Free device memory that differs by less is the same: drivers round, other tenants breathe."""
 
@@ -41,7 +43,8 @@ class Sampler(Protocol):
         """Now. Raises LookupError when the device does not answer."""
 
     def returned(self) -> bool:
-        """After the worker has ended: whether the device is again as it was at the beginning."""
+        """After the worker has ended: whether the device is again as it was at the beginning, and
+        no other process is known to have moved its memory meanwhile."""
 
 
 class CpuSampler:
@@ -61,7 +64,7 @@ class CpuSampler:
 class GpuSampler:
     """Changes of the device's free memory; what the driver tells of a process is unreliable."""
 
-    def __init__(self, driver: Driver, uuid: str, patience: float = 10.0) -> None:
+    def __init__(self, driver: Driver, uuid: str, patience: float = PATIENCE) -> None:
         """``patience``: seconds to wait for the device's memory to come to rest."""
         self._driver = driver
         self._uuid = uuid
@@ -69,6 +72,9 @@ class GpuSampler:
         self._baseline = 0
         self._host = 0
         self._round = 0
+        self._tenants: set[int] = set()
+        self._freed = False
+        """Whether more was free than at the beginning: another process gave memory back."""
 
     def begin(self) -> None:
         """Wait until nothing moves, so that somebody's exit is not taken for our start."""
@@ -82,14 +88,26 @@ class GpuSampler:
                 break
             last = now
         self._baseline = last
+        self._freed = False
+        self._tenants = {tenant.pid for tenant in self._driver.tenants(self._uuid)}
 
     def sample(self, pid: int) -> Usage:
         if self._round % 10 == 0:  # reading a large process's maps takes milliseconds
             self._host = tree_pss(pid)
         self._round += 1
-        return Usage(max(0, self._baseline - self._driver.free(self._uuid)), self._host)
+        taken = self._baseline - self._driver.free(self._uuid)
+        self._freed = self._freed or taken <= -SETTLED
+        return Usage(max(0, taken), self._host)
 
     def returned(self) -> bool:
+        return self._is_as_before() and not self._freed and self._tenants_stayed()
+
+    def _tenants_stayed(self) -> bool:
+        """Whether all who were there still are. One that left while another came moves memory
+        without a trace in the sum. Of those who came the sum tells."""
+        return self._tenants <= {tenant.pid for tenant in self._driver.tenants(self._uuid)}
+
+    def _is_as_before(self) -> bool:
         deadline = time.monotonic() + self._patience
         while True:
             difference = self._driver.free(self._uuid) - self._baseline
@@ -175,4 +193,4 @@ def sampler_for(kind: str, uuid: str, driver: Driver | None) -> Sampler:
     """The sampler of a device."""
     if kind == "cpu" or driver is None:
         return CpuSampler()
-    return GpuSampler(driver, uuid)
+    return GpuSampler(driver, uuid, PATIENCE)

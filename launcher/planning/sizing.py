@@ -10,11 +10,20 @@ from launcher.configuration.config import Settings
 from launcher.configuration.sizes import format_size
 from launcher.configuration.state import StateDir
 from launcher.planning import host as hosts
-from launcher.planning.footprint import MeasureError, Probe, Progress, RunningWorker, measure
+from launcher.planning.footprint import (
+    DisturbedError,
+    MeasureError,
+    Probe,
+    Progress,
+    RunningWorker,
+    measure,
+)
 from launcher.planning.footprint_store import FootprintStore, key_of
 from launcher.planning.inventory import Device, Footprint, Host
 from launcher.planning.plan import DoesNotFit, Limits, Plan, places_to_measure, plan, room_of
 
+ATTEMPTS = 3
+"""How often a measurement is made at most that other processes disturb."""
 Start = Callable[[Device], RunningWorker]
 """Starts the configured worker on a device, alone."""
 
@@ -29,10 +38,21 @@ def limits(settings: Settings) -> Limits:
     )
 
 
-def read_host(settings: Settings) -> Host:
-    """What this host has, as far as budget.cores and budget.ram do not say otherwise."""
+def read_host(settings: Settings, held: int = 0, reserved: int = 0) -> Host:
+    """What this host has, as far as budget.cores and budget.ram do not say otherwise.
+
+    ``held``: bytes of RAM that the farm's own workers hold, which count as free; ``reserved``:
+    bytes that other farms are about to use, which do not.
+    """
     found = hosts.read_host()
-    return hosts.overridden(found, settings.budget.cores, settings.budget.ram)
+    if found.ram_free is not None:
+        free = max(0, found.ram_free + held - reserved)
+        found = replace(found, ram_free=min(free, found.ram_total or free))
+    host = hosts.overridden(found, settings.budget.cores, settings.budget.ram)
+    if found.ram_total is not None and (settings.budget.ram or 0) > found.ram_total:
+        # Such a budget is believed whatever is free, but not beyond what others will use of it.
+        host = replace(host, ram_free=max(0, (host.ram_free or 0) - reserved))
+    return host
 
 
 def known_footprint(
@@ -71,7 +91,7 @@ def measure_footprint(
     *,
     again: bool = False,
 ) -> Footprint:
-    """Measure on one device of each kind, and keep what is found. Returns one that covers all.
+    """Measure on one device of each kind, and keep what is exact. Returns one that covers all.
 
     ``again``: also where it is known. Raises MeasureError; DoesNotFit where there is no room to
     try, or where the kernel ended the worker because memory ran out.
@@ -86,10 +106,33 @@ def measure_footprint(
             continue  # it gets no worker anyway
         if footprint is None:
             progress(f"measuring the footprint of one worker on {place.name}")
-            footprint = _measured(settings, place, start, progress)
-            store.put(key, footprint)
+            footprint = _undisturbed(settings, place, start, progress)
+            if footprint.exact:  # a guess serves this run, and is not kept
+                store.put(key, footprint)
         found.append(footprint)
     return Footprint.covering(found)
+
+
+def _undisturbed(settings: Settings, device: Device, start: Start, progress: Progress) -> Footprint:
+    """Measure again while other processes disturb it. Where all attempts were disturbed, one that
+    covers them, not exact. Raises DisturbedError where none told anything."""
+    guesses: list[Footprint] = []
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            footprint = _measured(settings, device, start, progress)
+        except DisturbedError:
+            if attempt == ATTEMPTS and not guesses:
+                raise
+        else:
+            if footprint.exact:
+                return footprint
+            guesses.append(footprint)
+        if attempt < ATTEMPTS:
+            progress(
+                f"other processes moved memory of {device.name} meanwhile: measuring again "
+                f"({attempt + 1} of {ATTEMPTS})"
+            )
+    return Footprint.covering(guesses)
 
 
 def _measured(settings: Settings, device: Device, start: Start, progress: Progress) -> Footprint:
@@ -116,7 +159,7 @@ def _measured(settings: Settings, device: Device, start: Start, progress: Progre
                 f"because memory ran out; free some, or raise the memory limit"
             ) from error
         if device.is_gpu:  # there may be others
-            raise MeasureError(f"on {device.name}: {error}") from None
+            raise type(error)(f"on {device.name}: {error}") from None
         raise
     finally:
         if driver is not None:
@@ -140,8 +183,9 @@ def build_plan(
         )
     if not footprint.exact:
         warnings.append(
-            "other processes used the device while the footprint was measured: "
-            f"{format_size(footprint.steady)} is a guess; measure again with gpufarm plan --measure"
+            "other processes moved the device's memory whenever the footprint was measured: "
+            f"{format_size(footprint.steady)} is a guess and is not kept; measure again with "
+            "gpufarm plan --measure when it is quiet"
         )
     return replace(result, warnings=tuple(warnings))
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 _OURS = re.compile(
     r"\d{4}-\d\d-\d\dT[\d:.]+Z (?P<level>[A-Z]+) w\d+ (?:cannot load: )?(?P<message>.*)"
 )
 """A line of a worker's log: time, level, worker, message."""
-LOG_TAIL = 4096
+LOG_TAIL = 64 * 1024
 LONGEST_WORDS = 300
 
 
@@ -30,7 +32,19 @@ def last_line(log: Path) -> str:
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
     if ours := _OURS.fullmatch(last):
         last = "" if ours["level"] == "INFO" else ours["message"]
+    elif (record := _json_record(last)) is not None:
+        last = "" if record["level"] == "INFO" else str(record["message"])
+        last = last.removeprefix("cannot load: ")
     return last[:LONGEST_WORDS]
+
+
+def _json_record(line: str) -> dict[str, Any] | None:
+    """A record of a worker of ours that logs JSON; None for any other line."""
+    with suppress(ValueError, RecursionError):
+        record = json.loads(line) if line.startswith("{") else None
+        if isinstance(record, dict) and {"time", "level", "process", "message"} <= record.keys():
+            return record
+    return None
 
 
 def words_since(log: Path, started: float) -> str:

@@ -97,6 +97,7 @@ def worker_spec(settings: Settings, cache: Path) -> dict[str, Any]:
         "request_timeout": settings.workers.request_timeout,
         "body_limit": settings.balancer.body_limit,
         "cache_dir": str(cache),
+        "log_format": settings.logs.format,
     }
 
 

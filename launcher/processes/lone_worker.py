@@ -14,8 +14,10 @@ from pathlib import Path
 from launcher.configuration.config import Settings
 from launcher.configuration.state import StateDir, write_json
 from launcher.planning.inventory import Device
+from launcher.processes import supervisor
 from launcher.processes.last_words import last_line
 from launcher.processes.launch import launch, worker_spec
+from launcher.processes.supervisor import python_module
 
 MEASURED_SPEC = "measure-worker.json"
 """What the worker that is measured is told to serve; there while it is measured."""
@@ -59,7 +61,7 @@ class LoneWorker:
         grace: float = 10.0,
         spec: Path | None = None,
     ) -> LoneWorker:
-        """``environment`` is set over this process's. ``grace``: seconds from TERM to KILL.
+        """``environment`` is all that it gets. ``grace``: seconds from TERM to KILL.
 
         Raises OSError when the command cannot be executed.
         """
@@ -67,7 +69,7 @@ class LoneWorker:
             process = subprocess.Popen(
                 list(argv),
                 cwd=folder,
-                env={**os.environ, **environment},
+                env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -115,7 +117,11 @@ class LoneWorker:
 
 
 def lone_start(settings: Settings, state: StateDir) -> Callable[[Device], LoneWorker]:
-    """Start the configured worker on a free port, its log in logs/measure.log."""
+    """Start the configured worker on a free port, its log in logs/measure.log.
+
+    It bears the farm's mark, and on Linux it ends with this process, however that ends.
+    """
+    tether = python_module("launcher.processes.tethered", str(os.getpid()))
 
     def start(device: Device) -> LoneWorker:
         state.create()
@@ -125,8 +131,8 @@ def lone_start(settings: Settings, state: StateDir) -> Callable[[Device], LoneWo
         begin = launch(settings, device, id="w0", port=port, spec=spec, cache=state.cache)
         try:
             return LoneWorker.start(
-                begin.argv,
-                environment=begin.environment,
+                [*tether, *begin.argv],
+                environment={**supervisor.environment(state.path), **begin.environment},
                 folder=Path(begin.folder),
                 port=port,
                 ready_path=settings.model.ready_url if settings.model.command else "/readyz",

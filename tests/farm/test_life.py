@@ -228,7 +228,9 @@ def test_a_port_that_was_taken_while_it_was_not_held_is_reported_and_waited_for(
         port = farm.generation()["plan"]["slots"][1]["port"]
         old = farm.pid_of("launcher.control")
         os.kill(old, signal.SIGKILL)
-        with until(lambda: _listener(port), "the port is free for a moment", every=0.001):
+        taken = until(lambda: _listener(port), "the port is free for a moment", every=0.001)
+        assert taken is not None
+        with taken:
             farm.wait_for_another_controller(old)
             message = farm.run("scale", "2", expect=1).stderr
             assert "its port is taken by" in message

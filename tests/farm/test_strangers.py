@@ -94,7 +94,8 @@ def test_only_nginx_and_the_workers_listen_on_tcp() -> None:
         listening = {
             connection.laddr[1]
             for connection in psutil.net_connections("inet")
-            if connection.pid in family and connection.status == psutil.CONN_LISTEN
+            if connection.pid in family and connection.laddr
+            if connection.status == psutil.CONN_LISTEN
         }
         assert listening == expected
 

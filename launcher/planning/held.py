@@ -1,0 +1,64 @@
+"""What a farm's own workers hold: a new plan for a running farm counts it as free."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.planning.devices import CPU
+from launcher.planning.inventory import Footprint
+from launcher.planning.plan import Plan
+from launcher.planning.sampling import tree_pss
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that a farm's own workers hold."""
+
+    devices: Mapping[str, int] = field(default_factory=dict)
+    """Device id → bytes; of the device "cpu" it is the RAM of the workers that run there."""
+    host_ram: int = 0
+    """RAM of the workers whose device is a GPU."""
+
+    @property
+    def ram(self) -> int:
+        """All RAM of the farm's workers."""
+        return self.host_ram + self.devices.get(CPU, 0)
+
+
+def held_by(workers: Iterable[Mapping[str, Any]], footprint: Footprint) -> Held:
+    """What the workers of ``GET /workers`` hold (id, pid, device, memory_bytes).
+
+    A worker has what was measured (``footprint``) where the driver does not tell whose memory it
+    is, and where its process cannot be read.
+    """
+    devices: Counter[str] = Counter()
+    host_ram = 0
+    for worker in workers:
+        if not (pid := worker["pid"]):
+            continue
+        devices[worker["device"]] += worker["memory_bytes"] or footprint.steady
+        if worker["device"] != CPU:
+            host_ram += tree_pss(pid) or footprint.host_ram or 0
+    return Held(dict(devices), host_ram)
+
+
+def about_to_use(plan: Plan, held: Held | None = None) -> dict[str, int]:
+    """Device id → bytes that the plan's workers will take beyond what they hold already.
+
+    "cpu" is the host's RAM. Devices with nothing to come are left out.
+    """
+    held = held or Held()
+    footprint, need = plan.footprint, Counter[str]()
+    start = footprint.peak - footprint.steady
+    for row in plan.devices:
+        if row.workers:
+            coming = row.workers * footprint.steady + start - held.devices.get(row.id, 0)
+            need[row.id] += max(0, coming)
+        if row.device.is_gpu:
+            need[CPU] += row.workers * (footprint.host_ram or 0)
+    if any(row.device.is_gpu for row in plan.devices):
+        need[CPU] = max(0, need[CPU] - held.host_ram)
+    return {device: size for device, size in need.items() if size > 0}
