@@ -21,16 +21,40 @@ FAULTY = "tests.models.faulty_start"
     ("target", "words"),
     [
         ("no_such_module:Model", "there is no module no_such_module"),
-        (f"{FAULTY}:SetupFails", "weights.safetensors is missing second line"),
-        (f"{FAULTY}:WarmUpFails", "no kernel image"),
+        ("tests.models.broken_import:M", "needs the module a_module_that_does"),
+        ("tests.models.plain:Ecko", "did you mean Echo?"),
         (f"{FAULTY}:Arguments", "missing a required argument: 'size'"),
-        (f"{FAULTY}:Exits", "SystemExit"),
+        (f"{FAULTY}:NoPredict", "neither predict(request) nor speak(request)"),
+        (f"{FAULTY}:NoVoices", "voices is []"),
     ],
 )
-def test_what_cannot_load_ends_with_3_and_one_line(tmp_path: Path, target: str, words: str) -> None:
-    worker = WorkerProcess(tmp_path, target)
+def test_what_cannot_change_by_itself_ends_with_3_and_one_line(
+    tmp_path: Path, target: str, words: str
+) -> None:
+    assert_ends(tmp_path, target, 3, words)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (f"{FAULTY}:ConstructorFails", "the hub does not answer"),
+        (f"{FAULTY}:SetupFails", "weights.safetensors is missing second line"),
+        (f"{FAULTY}:WarmUpFails", "no kernel image"),
+        (f"{FAULTY}:HealthFails", "gave a list"),
+        (f"{FAULTY}:Exits", "SystemExit"),
+        (f"{FAULTY}:OutOfMemory", "Tried to allocate 2.00 GiB"),
+    ],
+)
+def test_what_may_succeed_later_ends_with_1_and_one_line(
+    tmp_path: Path, target: str, words: str
+) -> None:
+    assert_ends(tmp_path, target, 1, words)
+
+
+def assert_ends(folder: Path, target: str, code: int, words: str) -> None:
+    worker = WorkerProcess(folder, target)
     try:
-        assert worker.wait() == 3
+        assert worker.wait() == code
         (line,) = worker.lines
         assert "cannot load" in line
         assert words in line
@@ -38,11 +62,23 @@ def test_what_cannot_load_ends_with_3_and_one_line(tmp_path: Path, target: str, 
         worker.__exit__()
 
 
-def test_without_memory_it_ends_as_a_crash_that_is_tried_again(tmp_path: Path) -> None:
-    worker = WorkerProcess(tmp_path, f"{FAULTY}:OutOfMemory")
+@pytest.mark.parametrize(
+    ("raises", "code"),
+    [
+        ("import numpy.no_such_part", 3),
+        ("def broken(:", 3),
+        ("raise OSError(116, 'Stale file handle')", 1),
+        ("raise ImportError('libx.so: failed to map segment from shared object')", 1),
+    ],
+)
+def test_a_module_that_is_wrong_ends_with_3_and_one_that_was_unlucky_with_1(
+    tmp_path: Path, raises: str, code: int
+) -> None:
+    (tmp_path / "wrong_module.py").write_text(raises + "\n")
+    worker = WorkerProcess(tmp_path, "wrong_module:Model", spec={"path": [str(tmp_path)]})
     try:
-        assert worker.wait() == 1
-        assert "Tried to allocate 2.00 GiB" in worker.log
+        assert worker.wait() == code, worker.log
+        assert "cannot load" in worker.log
     finally:
         worker.__exit__()
 

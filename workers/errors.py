@@ -9,13 +9,14 @@ from typing import Any
 class LoadError(Exception):
     """The worker cannot serve: one line that says what, why and what to do.
 
-    Exit code 3, after which nobody tries again; 1 where ``exhausted``: memory ran out, and there
-    may be more of it later.
+    ``permanent``: it cannot change by itself (a module or class that is missing, arguments that do
+    not fit, no model, a bad spec). Such a worker ends with 3. One that fails otherwise, as with a
+    file system, a hub or a device that may be back later, ends with 1 and is started again.
     """
 
-    def __init__(self, message: str, exhausted: bool = False) -> None:
+    def __init__(self, message: str, *, permanent: bool = True) -> None:
         super().__init__(message)
-        self.exhausted = exhausted
+        self.permanent = permanent
 
 
 class ApiError(Exception):
