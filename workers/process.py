@@ -1,7 +1,7 @@
 """One worker process: reserve the port, load, warm up, listen, drain, end.
 
-Exit codes: 0 drained; 1 port taken, device lost, model stuck, or a start that failed and may succeed
-later; 3 cannot load, and that will not change by itself; anything else is a crash.
+Exit codes: 0 drained; 1 port taken, device lost, model stuck, or a start that failed and may yet
+succeed; 3 cannot load, and that will not change by itself; anything else is a crash.
 """
 
 from __future__ import annotations

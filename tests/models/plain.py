@@ -59,6 +59,21 @@ class Slow:
         return {"name": request.get("name")}
 
 
+class Gated:
+    """Loads until the file ``gate`` is there."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def setup(self, device: str) -> None:
+        (self.folder / "loading").touch()
+        while not (self.folder / "gate").exists():
+            time.sleep(0.01)
+
+    def predict(self, request: Any) -> Any:
+        return request
+
+
 class Counting(Slow):
     """A generator that notes when it is closed."""
 
