@@ -30,13 +30,16 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        may_go_on: bool = False,
     ) -> None:
+        """``may_go_on``: a refusal by this worker before any work, which the next may not share."""
         super().__init__(message)
         self.status = status
         self.message = message
         self.code = code
         self.param = param
         self.headers = dict(headers or {})
+        self.may_go_on = may_go_on
 
     @property
     def type(self) -> str:

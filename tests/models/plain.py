@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from workers.answers import Answer
+from workers.errors import ApiError
+
 
 class Echo:
     def setup(self, device: str) -> None:
@@ -91,6 +94,26 @@ class Counting(Slow):
                     yield {"tick": True}
         finally:
             self.note(f"closed on {threading.current_thread().name}")
+
+
+class Flood(Slow):
+    """Streams ``count`` items of ``size`` bytes."""
+
+    def predict(self, request: dict[str, Any]) -> Iterator[bytes]:
+        for number in range(request["count"]):
+            yield bytes([number % 256]) * request["size"]
+
+
+class Answers:
+    """Answers with the status and headers that are asked for, returned or raised."""
+
+    def setup(self, device: str) -> None:
+        pass
+
+    def predict(self, request: dict[str, Any]) -> Answer:
+        if request.get("raises"):
+            raise ApiError(request["status"], "says the model")
+        return Answer(b"made", "text/plain", request["status"], request.get("headers"))
 
 
 class Faulty:
