@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from workers import admission
-from workers.admission import CallerLeft, Closed, DeadlinePassed, Job, Line, Refused
+from workers import job as jobs
+from workers.admission import Closed, Line, Refused
 from workers.contract import Cancelled, InvalidRequest, Work
 from workers.failures import ModelFailed
+from workers.job import CallerLeft, DeadlinePassed, Job, SlowReader
 
 PATIENCE = 30.0
 
@@ -113,6 +114,8 @@ def test_retry_after_follows_the_observed_service_time() -> None:
         line._served(30.0, None)  # what the device thread reports after a request of 30 s
         line._admitted = 1
         assert line.retry_after == 30
+        line._admitted = 5
+        assert line.retry_after == 150
         for _ in range(60):
             line._served(0.01, None)
         line._admitted = 3
@@ -228,21 +231,84 @@ def test_a_stream_is_closed_on_its_thread_when_the_caller_leaves() -> None:
     in_line(test)
 
 
-def test_a_slow_reader_holds_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission, "MOST_AHEAD", 4)
+def chunks(count: int, made: list[int]) -> Callable[[], Iterator[bytes]]:
+    """A stream of 1 KiB items that notes which were made."""
+
+    def stream() -> Iterator[bytes]:
+        for number in range(count):
+            made.append(number)
+            yield bytes([number]) * 1024
+
+    return stream
+
+
+def test_a_slow_reader_holds_the_stream_back_by_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "MAX_UNREAD", 4 * 1024)
 
     async def test(line: Line) -> None:
         made: list[int] = []
+        job = line.submit(chunks(100, made), Work())
+        await reaches(lambda: job.waited > 0)
+        assert len(made) <= 6  # the bound, one beyond it, and one in the model's hands
+        assert await collected(job) == [bytes([number]) * 1024 for number in range(100)]
+        assert 0 < job.busy_seconds < job.service_seconds
 
-        def numbers() -> Iterator[int]:
-            for number in range(100):
-                made.append(number)
-                yield number
+    in_line(test)
 
-        job = line.submit(numbers, Work())
-        await reaches(lambda: len(made) >= 5)
-        assert len(made) <= 6
-        assert await collected(job) == list(range(100))
+
+def test_the_device_is_free_when_the_last_item_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "MAX_UNREAD", 4 * 1024)
+
+    async def test(line: Line) -> None:
+        made: list[int] = []
+        unread = line.submit(chunks(5, made), Work())
+        assert await collected(line.submit(lambda: "next", Work())) == ["next"]
+        assert line.idle
+        assert unread.waited == 0
+        assert len(await collected(unread)) == 5
+
+    in_line(test)
+
+
+def test_a_reader_below_the_floor_is_cut_off_while_the_device_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jobs, "MAX_UNREAD", 4 * 1024)
+    monkeypatch.setattr(jobs, "FLOOR_SECONDS", 0.2)
+
+    async def test(line: Line) -> None:
+        made: list[int] = []
+        dropped: list[bool] = []
+        job = line.submit(chunks(100, made), Work())
+        job.on_dropped = lambda: dropped.append(True)
+        assert await anext(job) == bytes(1024)
+        await reaches(lambda: line.idle)
+        assert dropped == [True]
+        with pytest.raises(SlowReader) as slow:  # what it has not read is gone
+            await anext(job)
+        assert slow.value.stage == "streaming"
+        assert slow.value.reason == "slow_reader"
+        assert len(made) < 10
+        assert await collected(line.submit(lambda: "next", Work())) == ["next"]
+
+    in_line(test)
+
+
+def test_a_reader_above_the_floor_may_let_the_device_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes large items, of which what has left counts before the whole has."""
+    monkeypatch.setattr(jobs, "MAX_UNREAD", 1)
+    monkeypatch.setattr(jobs, "FLOOR", 1024)
+    monkeypatch.setattr(jobs, "FLOOR_SECONDS", 0.2)
+    size = 2**20
+
+    async def test(line: Line) -> None:
+        job = line.submit(lambda: iter([bytes(size)] * 3), Work())
+        assert len(await anext(job)) == size
+        while job.waited < 1:  # several times as long as is measured
+            await asyncio.sleep(0.01)
+            job.delivered(job.waited / 10)
+        assert job.error is None
+        assert len(await collected(job)) == 2
 
     in_line(test)
 

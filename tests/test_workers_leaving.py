@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,8 @@ def test_a_deadline_in_the_line_is_504_and_never_runs(
         late = worker.held("late", headers={"X-Request-Timeout": "0.05"})
         assert late.status_code == 504
         assert late.json()["error"]["code"] == "deadline_passed"
-        assert "waiting" in late.json()["error"]["message"]
+        message = late.json()["error"]["message"]
+        assert message.endswith("was waiting: it may take 0.05 s (X-Request-Timeout).")
         assert late.headers["x-should-retry"] == "false"
         worker.gate.touch()
         assert first.result().status_code == 200
@@ -150,6 +152,7 @@ def test_the_configured_deadline_holds_while_running_and_cannot_be_lengthened(
     with Slow(tmp_path, request_timeout=0.3) as worker:
         late = worker.held("late", headers={"X-Request-Timeout": "1000"})
         assert late.status_code == 504
+        assert "0.3 s (workers.request_timeout)" in late.json()["error"]["message"]
         worker.gate.touch()
         eventually(lambda: worker.health()["running"] == 0, "the end of the late one")
 
@@ -172,5 +175,30 @@ def test_a_body_that_never_comes_is_given_up(tmp_path: Path) -> None:
             caller.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
             assert caller.recv(100).startswith(b"HTTP/1.1 408")
         with socket.create_connection((host, int(port)), timeout=PATIENCE) as caller:
+            caller.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n")
+            assert caller.recv(100).startswith(b"HTTP/1.1 408")
+        with socket.create_connection((host, int(port)), timeout=PATIENCE) as caller:
             caller.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
         assert worker.health()["running"] == 0
+
+
+def test_a_request_that_another_worker_had_has_the_rest_of_its_time(tmp_path: Path) -> None:
+    """The balancer's stamp stays the same when it tries the next worker."""
+    with Slow(tmp_path, request_timeout=30.0) as worker:
+        began = time.time()
+        late = worker.held("late", headers={"X-Request-Start": f"{began - 29.7:.3f}"})
+        assert late.status_code == 504
+        assert time.time() - began < 25  # not after 30 s of its own
+        assert "30 s" in late.json()["error"]["message"]
+        worker.gate.touch()
+        gone = worker.held("gone", headers={"X-Request-Start": f"{time.time() - 31:.3f}"})
+        assert gone.status_code == 504
+        assert "ran gone" not in worker.noted()
+
+
+@pytest.mark.parametrize("offset", ["x", "nan", "inf", "-inf", 3600.0, -1e6, -time.time()])
+def test_a_stamp_that_is_not_sane_is_not_heeded(tmp_path: Path, offset: str | float) -> None:
+    with Slow(tmp_path) as worker:
+        worker.gate.touch()
+        stamp = offset if isinstance(offset, str) else f"{time.time() + offset:.3f}"
+        assert worker.held("a", headers={"X-Request-Start": stamp}).status_code == 200

@@ -65,7 +65,7 @@ def test_a_class_beside_the_configuration_is_enough(
         ("tests.models.none:Model", {}, ["there is no module tests.models.none"]),
         ("tests.models.broken_import:M", {}, ["needs the module a_module_that_does", "install it"]),
         ("tests.models.plain:Ecko", {}, ["has no Ecko", "did you mean Echo?"]),
-        ("tests.models.plain:Zzzz", {}, ["its classes: Counting, Echo, Faulty, Slow"]),
+        ("tests.models.plain:Zzzz", {}, ["its classes: Answers, Counting, Echo, Faulty"]),
         (f"{FAULTY}:NOT_A_CLASS", {}, ["is no class but int"]),
         (f"{FAULTY}:Arguments", {}, ["missing a required argument: 'size'", "it takes (size"]),
         (f"{FAULTY}:Arguments", {"size": 1, "z": 2}, ["unexpected keyword argument 'z'"]),

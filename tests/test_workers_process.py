@@ -21,16 +21,40 @@ FAULTY = "tests.models.faulty_start"
     ("target", "words"),
     [
         ("no_such_module:Model", "there is no module no_such_module"),
-        (f"{FAULTY}:SetupFails", "weights.safetensors is missing second line"),
-        (f"{FAULTY}:WarmUpFails", "no kernel image"),
+        ("tests.models.broken_import:M", "needs the module a_module_that_does"),
+        ("tests.models.plain:Ecko", "did you mean Echo?"),
         (f"{FAULTY}:Arguments", "missing a required argument: 'size'"),
-        (f"{FAULTY}:Exits", "SystemExit"),
+        (f"{FAULTY}:NoPredict", "neither predict(request) nor speak(request)"),
+        (f"{FAULTY}:NoVoices", "voices is []"),
     ],
 )
-def test_what_cannot_load_ends_with_3_and_one_line(tmp_path: Path, target: str, words: str) -> None:
-    worker = WorkerProcess(tmp_path, target)
+def test_what_cannot_change_by_itself_ends_with_3_and_one_line(
+    tmp_path: Path, target: str, words: str
+) -> None:
+    assert_ends(tmp_path, target, 3, words)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (f"{FAULTY}:ConstructorFails", "the hub does not answer"),
+        (f"{FAULTY}:SetupFails", "weights.safetensors is missing second line"),
+        (f"{FAULTY}:WarmUpFails", "no kernel image"),
+        (f"{FAULTY}:HealthFails", "gave a list"),
+        (f"{FAULTY}:Exits", "SystemExit"),
+        (f"{FAULTY}:OutOfMemory", "Tried to allocate 2.00 GiB"),
+    ],
+)
+def test_what_may_succeed_later_ends_with_1_and_one_line(
+    tmp_path: Path, target: str, words: str
+) -> None:
+    assert_ends(tmp_path, target, 1, words)
+
+
+def assert_ends(folder: Path, target: str, code: int, words: str) -> None:
+    worker = WorkerProcess(folder, target)
     try:
-        assert worker.wait() == 3
+        assert worker.wait() == code
         (line,) = worker.lines
         assert "cannot load" in line
         assert words in line
@@ -38,11 +62,23 @@ def test_what_cannot_load_ends_with_3_and_one_line(tmp_path: Path, target: str, 
         worker.__exit__()
 
 
-def test_without_memory_it_ends_as_a_crash_that_is_tried_again(tmp_path: Path) -> None:
-    worker = WorkerProcess(tmp_path, f"{FAULTY}:OutOfMemory")
+@pytest.mark.parametrize(
+    ("raises", "code"),
+    [
+        ("import numpy.no_such_part", 3),
+        ("def broken(:", 3),
+        ("raise OSError(116, 'Stale file handle')", 1),
+        ("raise ImportError('libx.so: failed to map segment from shared object')", 1),
+    ],
+)
+def test_a_module_that_is_wrong_ends_with_3_and_one_that_was_unlucky_with_1(
+    tmp_path: Path, raises: str, code: int
+) -> None:
+    (tmp_path / "wrong_module.py").write_text(raises + "\n")
+    worker = WorkerProcess(tmp_path, "wrong_module:Model", spec={"path": [str(tmp_path)]})
     try:
-        assert worker.wait() == 1
-        assert "Tried to allocate 2.00 GiB" in worker.log
+        assert worker.wait() == code, worker.log
+        assert "cannot load" in worker.log
     finally:
         worker.__exit__()
 
@@ -57,8 +93,35 @@ def test_a_wrong_spec_ends_with_3(tmp_path: Path) -> None:
         worker.__exit__()
 
 
-def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
+def bound(*, shared: bool) -> socket.socket:
+    """A socket that holds a free port, and does not listen."""
+    holder = socket.socket()
+    if shared:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    holder.bind(("127.0.0.1", 0))
+    return holder
+
+
+def test_a_server_that_began_while_the_model_was_loading_keeps_its_port(tmp_path: Path) -> None:
+    with bound(shared=True) as other:
+        port = other.getsockname()[1]
+        worker = WorkerProcess(
+            tmp_path, "tests.models.plain:Gated", {"folder": str(tmp_path)}, port=port
+        )
+        try:
+            eventually((tmp_path / "loading").exists, "the load to begin")
+            other.listen()
+            (tmp_path / "gate").touch()
+            assert worker.wait() == 1
+            assert f"port {port} on 127.0.0.1 is in use" in worker.log
+        finally:
+            worker.__exit__()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path, shared: bool) -> None:
+    with bound(shared=shared) as other:
+        other.listen()
         port = other.getsockname()[1]
         worker = WorkerProcess(tmp_path, f"{FAULTY}:SetupFails", port=port)
         try:
@@ -69,25 +132,38 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path) -> None
             worker.__exit__()
 
 
+def test_a_port_that_is_held_for_the_worker_is_served(tmp_path: Path) -> None:
+    """The controller holds a slot's port, bound with SO_REUSEPORT, and never listens."""
+    with bound(shared=True) as holder:
+        port = holder.getsockname()[1]
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), PATIENCE)
+        with WorkerProcess(tmp_path, "tests.models.plain:Echo", port=port) as worker:
+            for number in range(20):  # on a connection of its own each: none may go to the holder
+                answer = httpx.post(f"{worker.url}/predict", json=number, timeout=PATIENCE)
+                assert answer.json() == {"echo": number}
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), PATIENCE)
+
+
+def test_a_port_that_is_bound_by_another_that_does_not_share_it_is_taken(tmp_path: Path) -> None:
+    with bound(shared=False) as other:
+        port = other.getsockname()[1]
+        worker = WorkerProcess(tmp_path, "tests.models.plain:Echo", port=port)
+        try:
+            assert worker.wait() == 1
+            assert f"port {port} on 127.0.0.1 is in use" in worker.log
+        finally:
+            worker.__exit__()
+
+
 def test_the_port_refuses_until_the_model_is_warm(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
-    module = tmp_path / "gated_model.py"
-    module.write_text(
-        "import time\n"
-        "from pathlib import Path\n"
-        "class Gated:\n"
-        "    def setup(self, device):\n"
-        f"        Path({str(tmp_path / 'loading')!r}).touch()\n"
-        f"        while not Path({str(gate)!r}).exists():\n"
-        "            time.sleep(0.01)\n"
-        "    def predict(self, request):\n"
-        "        return request\n"
-    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     worker = WorkerProcess(
-        tmp_path, "gated_model:Gated", port=port, spec={"path": [str(ROOT), str(tmp_path)]}
+        tmp_path, "tests.models.plain:Gated", {"folder": str(tmp_path)}, port=port
     )
     try:
         eventually((tmp_path / "loading").exists, "the load to begin")

@@ -9,13 +9,14 @@ from typing import Any
 class LoadError(Exception):
     """The worker cannot serve: one line that says what, why and what to do.
 
-    Exit code 3, after which nobody tries again; 1 where ``exhausted``: memory ran out, and there
-    may be more of it later.
+    ``permanent``: it cannot change by itself (a module or class that is missing, arguments that do
+    not fit, no model, a bad spec). Such a worker ends with 3. One that fails otherwise, as with a
+    file system, a hub or a device that may be back later, ends with 1 and is started again.
     """
 
-    def __init__(self, message: str, exhausted: bool = False) -> None:
+    def __init__(self, message: str, *, permanent: bool = True) -> None:
         super().__init__(message)
-        self.exhausted = exhausted
+        self.permanent = permanent
 
 
 class ApiError(Exception):
@@ -29,13 +30,16 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        may_go_on: bool = False,
     ) -> None:
+        """``may_go_on``: a refusal by this worker before any work, which the next may not share."""
         super().__init__(message)
         self.status = status
         self.message = message
         self.code = code
         self.param = param
         self.headers = dict(headers or {})
+        self.may_go_on = may_go_on
 
     @property
     def type(self) -> str:

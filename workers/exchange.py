@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import re
 import time
 import uuid
@@ -14,14 +13,21 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from workers.admission import Abandoned, Job
 from workers.answers import as_json
 from workers.board import Board
 from workers.contract import Work
 from workers.errors import ApiError, invalid
+from workers.job import Abandoned, DeadlinePassed, Job
+from workers.time_limit import TimeLimit
 
 WATCH_AFTER = 0.02
 """Seconds after which one begins to look whether the caller has left: short jobs never pay."""
+
+PIECE = 32 * 1024
+"""Bytes of a stream that are sent at once, so that a reader's pace is seen within a large item."""
+
+_REFUSALS = "/.gpufarm/"
+"""Where the balancer answers for the last worker that refused: this and 429 or 503."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _NOT_A_TOKEN = re.compile(r"[^A-Za-z0-9_-]")
@@ -34,13 +40,12 @@ class Exchange:
         self, scope: Scope, receive: Receive, send: Send, *, worker_id: str, timeout: float
     ) -> None:
         self.began = time.perf_counter()
-        self.arrived = time.monotonic()
         self.scope = scope
         self.receive = receive
         self.method: str = scope["method"]
         self.path: str = scope["path"]
-        self.timeout = timeout
         self.headers = dict(scope["headers"])
+        self.limit = TimeLimit(timeout, self.header(b"x-request-start"))
         self.id = self._identity()
         self.status: int | None = None
         """The status that was sent; None when nothing was."""
@@ -56,6 +61,9 @@ class Exchange:
         """How an error is written into the stream that has begun, if it can be."""
         self.left = False
         self.complete = False
+        self.unread = False
+        """Whether the stream was given up while its reader took nothing."""
+        self._sending: asyncio.Timeout | None = None
         self._send = send
         self._own = [
             (b"x-request-id", self.id.encode()),
@@ -76,40 +84,41 @@ class Exchange:
         return Board.key(self.header(b"x-farm-request"))
 
     @property
+    def balanced(self) -> bool:
+        """Whether it came through the balancer, which sends a refused request to another worker
+        and shows what it gets to the public."""
+        return b"x-farm-request" in self.headers
+
+    @property
     def content_type(self) -> str:
         return self.header(b"content-type").partition(";")[0].strip().lower()
 
     def work(self) -> Work:
-        """The work of this request, with its deadline. Raises ApiError for a wrong header."""
-        timeout = self.timeout
+        """The work of this request, with its deadline.
+
+        Raises ApiError for a wrong header, and DeadlinePassed where other workers had all its time.
+        """
         asked = self.header(b"x-request-timeout")
         if asked:
-            try:
-                seconds = float(asked)
-            except ValueError:
-                seconds = math.nan
-            if not (math.isfinite(seconds) and seconds > 0):
-                raise invalid(
-                    f"X-Request-Timeout is {asked[:40]!r}; a number of seconds above 0 is needed.",
-                    "X-Request-Timeout",
-                )
-            timeout = min(timeout, seconds)
-        return Work(self.arrived + timeout)
+            self.limit.shorten(asked)
+        if not self.limit.left:
+            raise DeadlinePassed("waiting")
+        return Work(self.limit.deadline)
 
     async def read_body(self, limit: int) -> bytes:
         """Raises ApiError 413 beyond ``limit`` bytes, 408 when it does not arrive in time."""
         length = self.header(b"content-length")
         if length.isdigit() and int(length) > limit:
             raise _too_large(limit)
-        message = await self.receive()
-        if message["type"] == "http.request" and not message.get("more_body"):
-            return _bounded(bytes(message.get("body", b"")), limit)
         try:
-            async with asyncio.timeout(self.timeout):
+            async with asyncio.timeout(self.limit.left):
+                message = await self.receive()
+                if message["type"] == "http.request" and not message.get("more_body"):
+                    return _bounded(bytes(message.get("body", b"")), limit)
                 return await self._rest(message, limit)
         except TimeoutError:
             raise ApiError(
-                408, f"The body did not arrive within {self.timeout:g} s.", code="timeout"
+                408, f"The body did not arrive within {self.limit}.", code="timeout"
             ) from None
 
     async def _rest(self, message: Message, limit: int) -> bytes:
@@ -127,8 +136,10 @@ class Exchange:
 
     @contextlib.contextmanager
     def watching(self, job: Job) -> Iterator[None]:
-        """Drop ``job`` when the caller leaves. Costs a task only for jobs that take a while."""
+        """Drop ``job`` when the caller leaves, and when its answer fails on the way, as in an
+        encoder. Costs a task only for jobs that take a while."""
         self.job = job
+        job.on_dropped = self._interrupt
         tasks: list[asyncio.Task[None]] = []
         loop = asyncio.get_running_loop()
         timer = loop.call_later(
@@ -136,10 +147,9 @@ class Exchange:
         )
         try:
             yield
-        except asyncio.CancelledError:
-            job.leave()
-            raise
         finally:
+            job.on_dropped = None
+            job.leave()
             timer.cancel()
             for task in tasks:
                 task.cancel()
@@ -150,6 +160,12 @@ class Exchange:
         if not self.complete:
             self.left = True
             job.leave()
+
+    def _interrupt(self) -> None:
+        """The job was dropped: wait no longer for a reader that takes nothing."""
+        if self._sending is not None:
+            self.unread = True
+            self._sending.reschedule(asyncio.get_running_loop().time())
 
     async def send(self, message: Message) -> None:
         """ASGI's send, with this worker's headers, for whoever answers below."""
@@ -165,10 +181,23 @@ class Exchange:
     async def answer(
         self, status: int, body: bytes, content_type: str, headers: dict[str, str] | None = None
     ) -> None:
-        """One whole answer."""
-        await self._start(
-            status, content_type, {"content-length": str(len(body)), **(headers or {})}
-        )
+        """One whole answer, the model's or the worker's.
+
+        A 502 would send the request on to another worker, after the model's work: that status is
+        the worker's own sign (see ``fail``), so a model's leaves as 500. Headers by which a model
+        could command the balancer are dropped. A 500 tells client libraries not to repeat it: what
+        fails here fails on the next worker too.
+        """
+        if status == 502:
+            status = 500
+        kept = {
+            name: value
+            for name, value in (headers or {}).items()
+            if not name.lower().startswith("x-accel-")
+        }
+        if status == 500:
+            kept.setdefault("x-should-retry", "false")
+        await self._start(status, content_type, {"content-length": str(len(body)), **kept})
         await self.send({"type": "http.response.body", "body": body})
 
     async def fail(self, error: ApiError) -> None:
@@ -176,14 +205,25 @@ class Exchange:
 
         A cut answer is not ended properly, so its caller sees that something is missing; a stream
         of events ends with the error as its last one.
+
+        A refusal that another worker may not share leaves to the balancer as 502, on which it asks
+        the next one. If there is no next, it answers by its own page of the status meant.
         """
         if self.status is not None:
             self.cut = error.status
-            if self.error_event is not None:
+            if self.error_event is not None and not self.unread:
                 await self.send_chunk(self.error_event(error.body()))
                 await self.end_stream()
             return
-        await self.answer(error.status, as_json(error.body()), "application/json", error.headers)
+        body = as_json(error.body())
+        if not (error.may_go_on and self.balanced):
+            await self.answer(error.status, body, "application/json", error.headers)
+            return
+        redirect = {"x-accel-redirect": f"{_REFUSALS}{error.status}"}
+        headers = {"content-length": str(len(body)), **error.headers, **redirect}
+        await self._start(502, "application/json", headers)
+        await self.send({"type": "http.response.body", "body": body})
+        self.status = error.status  # what is counted
 
     async def start_stream(self, content_type: str, headers: dict[str, str] | None = None) -> None:
         self.streamed = True
@@ -194,8 +234,25 @@ class Exchange:
         )
 
     async def send_chunk(self, body: bytes) -> None:
-        if body:
-            await self.send({"type": "http.response.body", "body": body, "more_body": True})
+        """Send a part of a stream, as fast as its reader takes it.
+
+        Raises what dropped the job meanwhile: its deadline, its caller, or that caller's pace.
+        """
+        try:
+            async with asyncio.timeout(None) as self._sending:
+                for start in range(0, len(body), PIECE):
+                    piece = body[start : start + PIECE]
+                    await self.send(
+                        {"type": "http.response.body", "body": piece, "more_body": True}
+                    )
+                    if self.job is not None:
+                        self.job.delivered((start + len(piece)) / len(body))
+        except TimeoutError:
+            if self.job is None or self.job.error is None:
+                raise
+            raise self.job.error from None
+        finally:
+            self._sending = None
 
     async def end_stream(self) -> None:
         await self.send({"type": "http.response.body", "body": b""})

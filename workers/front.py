@@ -7,18 +7,12 @@ from collections.abc import Awaitable, Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from workers.admission import (
-    Abandoned,
-    CallerLeft,
-    Closed,
-    DeadlinePassed,
-    EndsWorkers,
-    Refused,
-)
+from workers.admission import Closed, EndsWorkers, Refused
 from workers.contract import Cancelled, InvalidRequest
 from workers.errors import ApiError, invalid
 from workers.exchange import Exchange
 from workers.failures import ModelFailed
+from workers.job import Abandoned, CallerLeft, DeadlinePassed, SlowReader
 from workers.logs import log, request_line
 from workers.worker import Worker
 
@@ -83,11 +77,15 @@ class ModelRoute:
             EndsWorkers,
             ModelFailed,
         ) as error:
-            if isinstance(error, Closed):
+            if isinstance(error, Closed) and not exchange.balanced:
                 await asyncio.sleep(_GRACE)
             if exchange.left:
                 return
             await exchange.fail(self._answer_to(error, exchange))
+        except Exception as error:
+            log.exception("the worker failed id=%s", exchange.id)
+            kind = type(error).__name__
+            await exchange.fail(ApiError(500, f"The worker failed: {kind}.", code="worker_failed"))
 
     def _answer_to(self, error: Exception, exchange: Exchange) -> ApiError:
         if isinstance(error, ApiError):
@@ -102,22 +100,33 @@ class ModelRoute:
                 f"retry after {error.retry_after} s.",
                 code="line_full",
                 headers={"retry-after": str(error.retry_after)},
+                may_go_on=True,
             )
         if isinstance(error, Closed):
             self._worker.metrics.rejected("closed")
             return ApiError(
-                503, "The worker is ending.", code="worker_ending", headers={"retry-after": "1"}
+                503,
+                "The worker is ending.",
+                code="worker_ending",
+                headers={"retry-after": "1"},
+                may_go_on=True,
             )
         if isinstance(error, EndsWorkers | ModelFailed):
             return self._failure(error, exchange)
+        return self._dropped(error, exchange)
+
+    def _dropped(self, error: Exception, exchange: Exchange) -> ApiError:
         if isinstance(error, Abandoned):
             exchange.dropped = error
         else:  # the model, or the device thread, saw the deadline before the event loop did
             stage = exchange.job.stage if exchange.job is not None else "waiting"
             exchange.dropped = DeadlinePassed(stage)
+        if isinstance(error, SlowReader):
+            return ApiError(408, f"{error}.", code="slow_reader")
         return ApiError(
             504,
-            f"The deadline passed while the request was {exchange.dropped.stage}.",
+            f"The deadline passed while the request was {exchange.dropped.stage}: it may take "
+            f"{exchange.limit}.",
             code="deadline_passed",
             headers={"x-should-retry": "false"},
         )

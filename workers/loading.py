@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from workers.device_errors import is_exhausted
 from workers.errors import LoadError
-from workers.failures import is_exhausted
 from workers.spec import Spec
 
 T = TypeVar("T")
@@ -27,7 +27,12 @@ def load_class(spec: Spec) -> type[Any]:
         raise LoadError(
             f'model.target "{spec.target}" names no class; write "package.module:Class"'
         )
-    module = attempt(f'model.target "{spec.target}"', lambda: _import(module_name, spec))
+    try:
+        module = attempt(f'model.target "{spec.target}"', lambda: _import(module_name, spec))
+    except LoadError as error:
+        if isinstance(cause := error.__cause__, _FAULTS_OF_THE_CODE):
+            error.permanent = not is_exhausted(cause)
+        raise
     found = getattr(module, class_name, None)
     if found is None:
         raise LoadError(
@@ -58,8 +63,15 @@ def construct(cls: type[Any], spec: Spec) -> Any:
     return attempt(f"{spec.target}(…)", lambda: cls(**spec.args))
 
 
+_FAULTS_OF_THE_CODE = (ImportError, SyntaxError, NameError, AttributeError, TypeError)
+"""What importing a module raises when the module itself is wrong or lacks another one."""
+
+
 def attempt(what: str, step: Callable[[], T]) -> T:
-    """Run a step of the start. Whatever it raises becomes one line with the place it came from."""
+    """Run a step of the start. Whatever it raises becomes one line with the place it came from.
+
+    The LoadError is not permanent: what the model's own code met may be gone at the next start.
+    """
     try:
         return step()
     except LoadError:
@@ -70,7 +82,7 @@ def attempt(what: str, step: Callable[[], T]) -> T:
         message = " ".join(str(error).split()) or "no message"
         raise LoadError(
             f"{what} failed: {type(error).__name__}: {message[:600]}{_place(error)}",
-            exhausted=is_exhausted(error),
+            permanent=False,
         ) from error
 
 

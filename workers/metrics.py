@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from workers.admission import CallerLeft, Line
+from workers.admission import Line
 from workers.exchange import Exchange
 from workers.memory import resident_bytes
 
@@ -59,10 +59,8 @@ class Metrics:
             return
         self._queue.observe(job.queue_seconds)
         if exchange.dropped is not None:
-            reason = "caller" if isinstance(exchange.dropped, CallerLeft) else "deadline"
-            self._cancelled.labels(
-                **self._labels, stage=exchange.dropped.stage, reason=reason
-            ).inc()
+            dropped = exchange.dropped
+            self._cancelled.labels(**self._labels, stage=dropped.stage, reason=dropped.reason).inc()
         for stage, seconds in list(job.work.stages.items()):
             self._stages.labels(**self._labels, stage=stage).observe(seconds)
         if exchange.audio_seconds:

@@ -1,7 +1,7 @@
 """One worker process: reserve the port, load, warm up, listen, drain, end.
 
-Exit codes: 0 drained, 1 port taken, device lost, model stuck or no memory to load it, 3 could not
-load; anything else is a crash.
+Exit codes: 0 drained; 1 port taken, device lost, model stuck, or a start that failed and may yet
+succeed; 3 cannot load, and that will not change by itself; anything else is a crash.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _serve(options)
     except LoadError as error:
         log.error("cannot load: %s", error)
-        return _end(EXIT_FAILED if error.exhausted else EXIT_CANNOT_LOAD)
+        return _end(EXIT_CANNOT_LOAD if error.permanent else EXIT_FAILED)
     except PortTaken as error:
         log.error("cannot listen: %s", error)
         return _end(EXIT_FAILED)

@@ -24,6 +24,9 @@ connection that is just being closed."""
 DRAIN_GRACE = 5.0
 """Seconds a drain may take beyond the longest request."""
 
+_PROBE = 1.0
+"""Seconds in which a connect on this machine succeeds or is refused."""
+
 _ARRIVAL_GRACE = 0.05
 """Seconds in which a request is read whose connection was let in just before the drain."""
 
@@ -38,17 +41,40 @@ class PortTaken(Exception):  # noqa: N818 - says what is wrong
 def reserve(host: str, port: int) -> socket.socket:
     """Bind, but do not listen: the port is ours, and still refuses connections.
 
+    The controller holds an empty slot's port by a socket that is bound with SO_REUSEPORT and never
+    listens, so that no other user can take it. Beside it a process of the same user binds with
+    SO_REUSEPORT too. That would succeed beside a server as well, and the kernel would share its
+    connections out between both: so a port that accepts connections is refused first.
+
     Raises PortTaken.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     reserved = socket.socket(family, socket.SOCK_STREAM)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
+        if port and _accepts(family, host, port):
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         reserved.bind((host, port))
     except OSError as error:
         reserved.close()
         raise _taken(host, port, error) from None
     return reserved
+
+
+def _accepts(family: int, host: str, port: int) -> bool:
+    """Tell whether a server listens there. One whose backlog is full lets a connect wait, which
+    is not a refusal either."""
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_PROBE)
+        try:
+            probe.connect((host, port))  # 0.0.0.0 and :: reach this machine
+        except TimeoutError:
+            return True
+        except OSError:
+            return False
+        # in the range of the kernel's own choices it may have connected to itself
+        return bool(probe.getsockname() != probe.getpeername())
 
 
 class Server(uvicorn.Server):
@@ -78,6 +104,8 @@ class Server(uvicorn.Server):
         """Serve until drained. Raises PortTaken when another listens there by now."""
         host, port = reserved.getsockname()[:2]
         try:
+            if _accepts(reserved.family, host, port):  # one that began while the model was loading
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
             reserved.listen(self.config.backlog)
         except OSError as error:
             raise _taken(host, port, error) from None

@@ -51,7 +51,10 @@ def read_spec(file: Path) -> Spec:
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
-        raise LoadError(f"spec {file}: {error.strerror}; give --spec a readable file") from None
+        raise LoadError(
+            f"spec {file}: {error.strerror}; give --spec a readable file",
+            permanent=isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError),
+        ) from None
     except UnicodeDecodeError:
         raise LoadError(f"spec {file}: not UTF-8 text; it has to be a JSON file") from None
     try:

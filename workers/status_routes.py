@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from workers.answers import as_json
+from workers.device_errors import is_sticky
 from workers.errors import ApiError, unknown
-from workers.failures import is_sticky
 from workers.logs import log
 from workers.memory import resident_bytes
 from workers.worker import Worker

@@ -23,6 +23,14 @@ class Arguments(NoPredict):
         return request
 
 
+class ConstructorFails(NoPredict):
+    def __init__(self) -> None:
+        raise ConnectionError("the hub does not answer")
+
+    def predict(self, request: Any) -> Any:
+        return request
+
+
 class SetupFails(NoSetup):
     def setup(self, device: str) -> None:
         raise FileNotFoundError("weights.safetensors is missing\nsecond line")

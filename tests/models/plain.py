@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from workers.answers import Answer
+from workers.errors import ApiError
+
 
 class Echo:
     def setup(self, device: str) -> None:
@@ -59,6 +62,21 @@ class Slow:
         return {"name": request.get("name")}
 
 
+class Gated:
+    """Loads until the file ``gate`` is there."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def setup(self, device: str) -> None:
+        (self.folder / "loading").touch()
+        while not (self.folder / "gate").exists():
+            time.sleep(0.01)
+
+    def predict(self, request: Any) -> Any:
+        return request
+
+
 class Counting(Slow):
     """A generator that notes when it is closed."""
 
@@ -76,6 +94,26 @@ class Counting(Slow):
                     yield {"tick": True}
         finally:
             self.note(f"closed on {threading.current_thread().name}")
+
+
+class Flood(Slow):
+    """Streams ``count`` items of ``size`` bytes."""
+
+    def predict(self, request: dict[str, Any]) -> Iterator[bytes]:
+        for number in range(request["count"]):
+            yield bytes([number % 256]) * request["size"]
+
+
+class Answers:
+    """Answers with the status and headers that are asked for, returned or raised."""
+
+    def setup(self, device: str) -> None:
+        pass
+
+    def predict(self, request: dict[str, Any]) -> Answer:
+        if request.get("raises"):
+            raise ApiError(request["status"], "says the model")
+        return Answer(b"made", "text/plain", request["status"], request.get("headers"))
 
 
 class Faulty:

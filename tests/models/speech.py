@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import soundfile
 
 from workers.contract import Audio, InvalidRequest, SpeechRequest
 
@@ -42,3 +43,15 @@ class Hum:
             if self.journal is not None:
                 with self.journal.open("a") as file:
                     file.write("closed\n")
+
+
+class BrokenEncoder(Hum):
+    """Hums where the library that compresses audio fails."""
+
+    def setup(self, device: str) -> None:
+        super().setup(device)
+        soundfile.SoundFile.write = _fails
+
+
+def _fails(*_: object) -> None:
+    raise OSError(28, "No space left on device")
