@@ -103,9 +103,7 @@ def balancer_config(farm: Farm, version: tuple[int, ...]) -> BalancerConfig:
         processes=min(4, os.cpu_count() or 1),
         open_files=configuration.open_file_limit(),
         as_root=os.geteuid() == 0,
-        buffer_responses=not farm.foreign,
-        keeps_connections=not farm.foreign,
-        status_fallback=not farm.foreign,
+        own_workers=not farm.foreign,
     )
 
 
