@@ -14,6 +14,8 @@ import jinja2
 
 CONF = "nginx.conf"
 PID = "run/nginx.pid"
+CLOSING = "run/closing"
+"""While this file exists, nginx ends each connection after its answer."""
 ACCESS_LOG = "logs/nginx-access.log"
 ERROR_LOG = "logs/nginx-error.log"
 TEMPORARY = "nginx-tmp"
@@ -176,6 +178,7 @@ def render(config: BalancerConfig) -> str:
         keeps_idle_at_reload=config.version >= (1, 27, 4),
         connections=max(64, config.open_files // 2),
         pid=PID,
+        closing=CLOSING,
         access_log=ACCESS_LOG,
         error_log=ERROR_LOG,
         temporary=TEMPORARY,

@@ -55,7 +55,8 @@ async def refuse(request: web.Request) -> web.Response:
     if me == request.query.get("end"):
         os._exit(9)
     if me != request.query.get("only", me):
-        return web.json_response(IDENTITY | {"sha256": hashlib.sha256(body).hexdigest()})
+        seen = {"method": request.method, "path": request.raw_path}
+        return web.json_response(IDENTITY | seen | {"sha256": hashlib.sha256(body).hexdigest()})
     return web.json_response(
         {"error": {"message": "for nginx alone"}},
         status=502,

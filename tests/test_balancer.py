@@ -23,7 +23,6 @@ import httpx
 import pytest
 
 from balancer import processes
-from balancer.configuration import BalancerConfig, write
 from balancer.start import port_is_free
 from tests.balancer_harness import Front, error_of, front, raw
 from tests.waiting import listens, until
@@ -274,18 +273,6 @@ def test_the_access_log_is_json_with_the_workers_times(shared: Front) -> None:
     assert entry["worker"] in ("w1", "w3")
     assert entry["seconds"] >= 0.05
     assert float(entry["upstream_seconds"].split(", ")[-1]) >= 0.05
-
-
-def test_a_reload_takes_a_changed_file(alone: Front) -> None:
-    alone.start_worker("w1")
-    alone.start()
-    config = BalancerConfig(**(vars(alone.config) | {"body_limit": 1000}))
-    assert write(config)
-    assert processes.reload(config.prefix)
-    until(
-        lambda: httpx.post(f"{alone.url}/size", content=b"x" * 2000).status_code == 413,
-        "the new limit holds",
-    )
 
 
 def test_logs_that_were_moved_aside_are_opened_again(alone: Front) -> None:

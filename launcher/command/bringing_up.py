@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from balancer import processes as nginx_processes
+from balancer import reload as nginx_reload
 from launcher.command.bringing_down import (
     end_leftovers,
     end_unrecorded,
@@ -171,7 +171,7 @@ class Up:
             self._keep_wishes(plan, old)
             self._spawn(farm)
             return farm
-        if changes.balancer and nginx_processes.reload(self.state.path):
+        if changes.balancer and nginx_reload.reload(self.state.path):
             self.say("nginx has taken its new configuration")
         client = Client(farm)
         retried(client.reload)
