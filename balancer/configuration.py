@@ -14,6 +14,8 @@ import jinja2
 
 CONF = "nginx.conf"
 PID = "run/nginx.pid"
+CLOSING = "run/closing"
+"""While this file exists, nginx ends each connection after its answer."""
 ACCESS_LOG = "logs/nginx-access.log"
 ERROR_LOG = "logs/nginx-error.log"
 TEMPORARY = "nginx-tmp"
@@ -52,6 +54,10 @@ class BalancerConfig:
     """nginx's version, which decides what it understands: (1, 22, 1)."""
     body_limit: int = 64 * 2**20
     """Bytes of the largest request body."""
+    answer_file_limit: int = 64 * 2**20
+    """Bytes of one answer that nginx holds in a file for a slow reader, so that its worker is free:
+    35 minutes of 16 kHz speech. Where the disk is full such an answer is cut, which its reader sees
+    by Content-Length or by the missing last chunk."""
     request_timeout: float = 60.0
     """Seconds: the worker's own deadline. nginx waits a little longer, so the worker answers."""
     processes: int = 2
@@ -59,18 +65,18 @@ class BalancerConfig:
     """Limit of open files of one nginx process; half of it is what it may hold in connections."""
     as_root: bool = False
     """nginx started as root would give its processes to `nobody`, who may not enter the prefix."""
-    buffer_responses: bool = True
-    """False for servers that stream without saying `X-Accel-Buffering: no`."""
-    keeps_connections: bool = True
-    """False for servers that may serve one connection at a time: an idle one would block them."""
-    status_fallback: bool = True
-    """Whether workers answer the status paths themselves while the controller is away."""
+    own_workers: bool = True
+    """False for external servers: an answer of theirs is streamed without `X-Accel-Buffering: no`,
+    an idle connection may block all others, their 429 and 503 are the refusals, headers of theirs
+    steer nothing in nginx, and the status paths are not asked of them."""
+    grace: float = 5.0
+    """Seconds beyond the request timeout in which a worker may still answer that it has passed."""
     tries: int = 0
     """Attempts of one request over the upstreams; 0 is every upstream once."""
 
     @property
     def read_timeout(self) -> float:
-        return self.request_timeout + 5.0
+        return self.request_timeout + self.grace
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,13 @@ def error_answers(config: BalancerConfig) -> dict[str, ErrorAnswer]:
     invalid, server = "invalid_request_error", "server_error"
     limit = f"{config.body_limit / 2**20:g} MiB"
     answers = [
-        ErrorAnswer(400, "The request is not valid HTTP.", invalid, "bad_request"),
+        ErrorAnswer(
+            400,
+            "The request is not valid HTTP: its line or a header is too long or holds characters "
+            "that HTTP does not allow; percent-encode what is not ASCII in the address.",
+            invalid,
+            "bad_request",
+        ),
         ErrorAnswer(404, "There is nothing at this path.", invalid, "not_found"),
         ErrorAnswer(405, "This method is not allowed here.", invalid, "method_not_allowed"),
         ErrorAnswer(
@@ -174,6 +186,7 @@ def render(config: BalancerConfig) -> str:
         keeps_idle_at_reload=config.version >= (1, 27, 4),
         connections=max(64, config.open_files // 2),
         pid=PID,
+        closing=CLOSING,
         access_log=ACCESS_LOG,
         error_log=ERROR_LOG,
         temporary=TEMPORARY,

@@ -41,13 +41,25 @@ def boot_id() -> str:
 
 def start_ticks(pid: int) -> int | None:
     """When the process started, in clock ticks since boot; None when there is no such process."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields else None
+
+
+def parent(pid: int) -> int | None:
+    """The process that started it; None when there is no such process."""
+    fields = _stat(pid)
+    return int(fields[1]) if fields else None
+
+
+def _stat(pid: int) -> list[str]:
+    """What the kernel tells of a living process, from its state on; nothing of an ended one."""
     try:
         stat = (PROC / str(pid) / "stat").read_text()
     except OSError:
-        return None
+        return []
     # The second field is the program's name in brackets and may contain anything.
     fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else int(fields[19])
+    return [] if fields[0] in "ZX" else fields
 
 
 def this_process() -> Master:
@@ -81,7 +93,7 @@ def running_master(prefix: Path) -> int | None:
     return None
 
 
-def _pids() -> list[int]:
+def pids() -> list[int]:
     """Of all processes that there are."""
     return [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit()]
 
@@ -89,7 +101,7 @@ def _pids() -> list[int]:
 def members(master: Master, prefix: Path) -> list[int]:
     """The living processes of a recorded nginx: never a stranger that got its numbers later."""
     found, inside = [], f"{prefix.resolve()}/"
-    for pid in _pids():
+    for pid in pids():
         try:
             if os.getpgid(pid) != master.pid or pid == os.getpid():
                 continue
@@ -120,7 +132,7 @@ def all_members(prefix: Path) -> list[int]:
 
 def _titled(prefix: Path) -> set[int]:
     found = set()
-    for pid in _pids():
+    for pid in pids():
         with contextlib.suppress(OSError):
             if (PROC / str(pid) / "cmdline").read_bytes().startswith(b"nginx: "):
                 found.add(pid)
@@ -153,19 +165,12 @@ def end(prefix: Path, graceful_seconds: float) -> list[int]:
     return found
 
 
-def reload(prefix: Path) -> bool:
-    """Let the running nginx read its file again. False when none runs."""
-    return _signal_master(prefix, signal.SIGHUP)
-
-
 def reopen_logs(prefix: Path) -> bool:
-    """Let the running nginx open its log files again, after they were moved aside."""
-    return _signal_master(prefix, signal.SIGUSR1)
+    """Let the running nginx open its log files again, after they were moved aside or deleted.
 
-
-def _signal_master(prefix: Path, number: signal.Signals) -> bool:
+    False when no nginx runs."""
     pid = running_master(prefix)
     if pid is None:
         return False
-    send([pid], number)
+    send([pid], signal.SIGUSR1)
     return True

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from balancer import nginx, processes
-from balancer.configuration import listening
+from balancer.configuration import CLOSING, listening
 
 RELEASE_CHECK_SECONDS = 0.002
 RELEASE_SECONDS = 1.0
@@ -67,6 +67,9 @@ def main() -> None:
     parser.add_argument("--prefix", type=Path, required=True)
     options = parser.parse_args()
 
+    options.program, options.prefix = options.program.absolute(), options.prefix.absolute()
+    os.chdir(options.prefix)  # nginx looks for CLOSING from its current folder
+    (options.prefix / CLOSING).unlink(missing_ok=True)
     arguments = nginx.command(options.program, nginx.version(options.program), options.prefix)
     old = [
         master

@@ -45,6 +45,31 @@ async def status(request: web.Request) -> web.Response:
     )
 
 
+async def refuse(request: web.Request) -> web.Response:
+    """Refuse as the farm's own workers do.
+
+    ``only`` names the workers that refuse, ``end`` those that die instead.
+    """
+    body = await request.read()
+    me = IDENTITY["id"]
+    if me == request.query.get("end"):
+        os._exit(9)
+    if me != request.query.get("only", me):
+        seen = {"method": request.method, "path": request.raw_path}
+        return web.json_response(IDENTITY | seen | {"sha256": hashlib.sha256(body).hexdigest()})
+    return web.json_response(
+        {"error": {"message": "for nginx alone"}},
+        status=502,
+        headers={"X-Accel-Redirect": f"/.gpufarm/{request.match_info['code']}", "Retry-After": "7"},
+    )
+
+
+async def steer(request: web.Request) -> web.Response:
+    """Answer 200 with a header that nginx takes as an order; without ``to`` it leads back here."""
+    to = request.query.get("to", "/steer")
+    return web.json_response(IDENTITY, headers={"X-Accel-Redirect": to})
+
+
 async def headers(request: web.Request) -> web.Response:
     answer = web.json_response(dict(request.headers))
     answer.headers["X-Request-ID"] = "the worker's own"
@@ -99,6 +124,8 @@ def main() -> None:
     app.router.add_route("*", "/work", work)
     app.router.add_post("/size", size)
     app.router.add_route("*", "/status/{code}", status)
+    app.router.add_route("*", "/refuse/{code}", refuse)
+    app.router.add_route("*", "/steer", steer)
     app.router.add_get("/headers", headers)
     app.router.add_get("/stream", stream)
     app.router.add_get("/big", big)

@@ -9,14 +9,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,74 +22,12 @@ from typing import Any
 import httpx
 import pytest
 
-from balancer import nginx, processes
-from balancer.configuration import BalancerConfig, Upstream, open_file_limit, write
+from balancer import processes
 from balancer.start import port_is_free
-from tests.waiting import free_port, listens, until
+from tests.balancer_harness import Front, error_of, front, raw
+from tests.waiting import listens, until
 
-STANDIN = Path(__file__).parent / "standin.py"
 MEGABYTE = 2**20
-
-
-@dataclass
-class Front:
-    """nginx over a few slots, some of them empty."""
-
-    config: BalancerConfig
-    ports: dict[str, int]
-    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    master: subprocess.Popen[bytes] | None = None
-    prefix_command: tuple[str, ...] = ()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.config.port}"
-
-    def start_worker(self, name: str) -> None:
-        command = [sys.executable, str(STANDIN), "--port", str(self.ports[name]), "--id", name]
-        self.running[name] = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        until(lambda: listens(self.ports[name]), f"{name} listens")
-
-    def stop_worker(self, name: str) -> None:
-        process = self.running.pop(name)
-        process.terminate()
-        process.wait(20)
-
-    def start(self) -> None:
-        program = nginx.find()
-        command = [*self.prefix_command, sys.executable, "-P", "-m", "balancer.start"]
-        command += ["--program", str(program), "--prefix", str(self.config.prefix)]
-        self.master = subprocess.Popen(command, process_group=0)
-        until(lambda: httpx.get(f"{self.url}/livez").status_code == 200, "nginx answers")
-
-    def stop(self) -> None:
-        for name in list(self.running):
-            self.stop_worker(name)
-        if self.master is not None:
-            self.master.send_signal(signal.SIGQUIT)
-            self.master.wait(20)
-
-
-def front(prefix: Path, slots: int = 4, **changes: Any) -> Front:
-    ports: dict[str, int] = {}
-    while len(ports) < slots:
-        port = free_port()
-        if port not in ports.values():
-            ports[f"w{len(ports) + 1}"] = port
-    settings: dict[str, Any] = {
-        "host": "127.0.0.1",
-        "port": free_port(),
-        "upstreams": tuple(Upstream(name, port) for name, port in ports.items()),
-        "admin_port": free_port(),
-        "prefix": prefix,
-        "version": nginx.version(nginx.find()),
-        "request_timeout": 10.0,
-        "open_files": open_file_limit(),
-        "as_root": os.geteuid() == 0,
-    } | changes
-    config = BalancerConfig(**settings)
-    write(config)
-    return Front(config, ports)
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +46,6 @@ def alone(tmp_path: Path) -> Iterator[Front]:
     made = front(tmp_path)
     yield made
     made.stop()
-
-
-def error_of(answer: httpx.Response) -> dict[str, Any]:
-    assert answer.headers["Content-Type"] == "application/json", answer.text
-    error: dict[str, Any] = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return error
 
 
 def test_a_request_finds_a_worker_beside_empty_slots(shared: Front) -> None:
@@ -148,30 +77,6 @@ def test_request_ids(shared: Front) -> None:
         assert float(made.json()["X-Request-Start"]) == pytest.approx(time.time(), abs=60)
 
 
-def test_a_full_worker_passes_the_request_on(shared: Front) -> None:
-    for _ in range(6):
-        answer = httpx.post(f"{shared.url}/status/429?only=w1")
-        assert (answer.status_code, answer.json()["id"]) == (200, "w3")
-
-
-def test_all_full_is_429_and_never_502(shared: Front) -> None:
-    for _ in range(24):
-        answer = httpx.post(f"{shared.url}/status/429", headers={"X-Request-ID": "mine"})
-        assert answer.status_code == 429
-        assert int(answer.headers["Retry-After"]) >= 1
-        assert answer.headers["X-Request-ID"] == "mine"
-        assert "error" in answer.json()
-
-
-def test_a_full_worker_and_one_that_dies_is_429(alone: Front) -> None:
-    alone.start_worker("w2")
-    alone.start()
-    for _ in range(12):
-        answer = httpx.post(f"{alone.url}/status/429")
-        assert answer.status_code == 429
-        assert int(answer.headers["Retry-After"]) >= 1
-
-
 def test_nobody_there_is_503_with_retry_after(alone: Front) -> None:
     alone.start()
     for method, path in (("GET", "/v1/models"), ("POST", "/predict"), ("GET", "/readyz")):
@@ -183,7 +88,7 @@ def test_nobody_there_is_503_with_retry_after(alone: Front) -> None:
     assert httpx.get(f"{alone.url}/livez").status_code == 200
 
 
-@pytest.mark.parametrize("code", [400, 404, 409, 422, 500, 502, 504])
+@pytest.mark.parametrize("code", [400, 404, 409, 422, 429, 500, 503, 504])
 def test_a_models_own_answer_passes_unchanged(shared: Front, code: int) -> None:
     answer = httpx.post(f"{shared.url}/status/{code}")
     assert answer.status_code == code
@@ -208,19 +113,8 @@ def test_errors_of_nginx_itself_are_json(shared: Front) -> None:
     assert b"<html" not in raw(shared, coded)
 
 
-def raw(where: Front, request: bytes) -> bytes:
-    with socket.create_connection(("127.0.0.1", where.config.port), timeout=20) as connection:
-        connection.sendall(request)
-        received = b""
-        while chunk := connection.recv(65536):
-            received += chunk
-            if received.count(b"\r\n\r\n"):
-                break
-        return received
-
-
 def test_an_answer_that_does_not_come_is_504(tmp_path: Path) -> None:
-    made = front(tmp_path, slots=1, request_timeout=-4.0)
+    made = front(tmp_path, slots=1, request_timeout=0.5, grace=0.5)
     try:
         made.start_worker("w1")
         made.start()
@@ -241,7 +135,7 @@ def test_a_stream_arrives_as_it_is_made(shared: Front) -> None:
 
 
 def test_a_foreign_stream_is_not_held_back(tmp_path: Path) -> None:
-    made = front(tmp_path, slots=1, buffer_responses=False)
+    made = front(tmp_path, slots=1, own_workers=False)
     try:
         made.start_worker("w1")
         made.start()
@@ -266,7 +160,7 @@ def test_a_server_of_one_connection_at_a_time_is_never_held(tmp_path: Path) -> N
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-    made = front(tmp_path, slots=1, keeps_connections=False, processes=4)
+    made = front(tmp_path, slots=1, own_workers=False, processes=4)
     made.start()
     try:
         with HTTPServer(("127.0.0.1", made.ports["w1"]), Answer) as server:
@@ -379,18 +273,6 @@ def test_the_access_log_is_json_with_the_workers_times(shared: Front) -> None:
     assert entry["worker"] in ("w1", "w3")
     assert entry["seconds"] >= 0.05
     assert float(entry["upstream_seconds"].split(", ")[-1]) >= 0.05
-
-
-def test_a_reload_takes_a_changed_file(alone: Front) -> None:
-    alone.start_worker("w1")
-    alone.start()
-    config = BalancerConfig(**(vars(alone.config) | {"body_limit": 1000}))
-    assert write(config)
-    assert processes.reload(config.prefix)
-    until(
-        lambda: httpx.post(f"{alone.url}/size", content=b"x" * 2000).status_code == 413,
-        "the new limit holds",
-    )
 
 
 def test_logs_that_were_moved_aside_are_opened_again(alone: Front) -> None:

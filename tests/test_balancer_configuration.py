@@ -55,7 +55,7 @@ def test_the_controller_is_asked_for_the_farms_state_and_workers_only_without_it
     status = render(config(tmp_path)).split("upstream status")[1].split("}")[0]
     assert "127.0.0.1:20000 max_fails=0;" in status
     assert status.count("backup") == 3
-    alone = render(config(tmp_path, status_fallback=False)).split("upstream status")[1]
+    alone = render(config(tmp_path, own_workers=False)).split("upstream status")[1]
     assert "backup" not in alone.split("}")[0]
 
 
@@ -74,9 +74,9 @@ def test_timeouts_follow_the_request_timeout(tmp_path: Path) -> None:
     assert "worker_shutdown_timeout 305s;" in text
 
 
-@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "localhost", "*"])
-def test_nginx_accepts_it(tmp_path: Path, host: str, buffered: bool) -> None:
+def test_nginx_accepts_it(tmp_path: Path, host: str, own: bool) -> None:
     program = nginx.find()
     version = nginx.version(program)
     prefix = tmp_path / "with a blank, a ; a $ and a ' in it"
@@ -86,8 +86,7 @@ def test_nginx_accepts_it(tmp_path: Path, host: str, buffered: bool) -> None:
         host=host,
         port=28765,
         version=version,
-        buffer_responses=buffered,
-        status_fallback=buffered,
+        own_workers=own,
         open_files=open_file_limit(),
     )
     assert write(wanted)

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from balancer import processes as nginx_processes
+from balancer import reload as nginx_reload
 from launcher.command.bringing_down import remove_traces, shut_down, stop_seconds
 from launcher.command.client import AwayError, Client, answers, serves
 from launcher.command.settling import Say, check_port, make_plan
@@ -218,7 +219,7 @@ class Up:
             control.update()
             control.restart("controller")
             self.say("the supervisor has taken over its new file")
-        if changes.balancer and nginx_processes.reload(self.state.path):
+        if changes.balancer and nginx_reload.reload(self.state.path):
             self.say("nginx has taken its new configuration")
 
     def _replan(self, running: Farm) -> Plan:

@@ -118,7 +118,7 @@ def _proxy(folder: Path, upstream: int, farm: Farm | None) -> Iterator[int]:
         processes=1,
         open_files=open_file_limit(),
         as_root=os.geteuid() == 0,
-        buffer_responses=like.buffer_responses if like else True,
+        own_workers=like.own_workers if like else True,
     )
     write(config)
     nginx.test(program, version, folder)

@@ -246,9 +246,7 @@ def balancer_config(farm: Farm, version: tuple[int, ...]) -> BalancerConfig:
         processes=min(4, os.cpu_count() or 1),
         open_files=configuration.open_file_limit(),
         as_root=os.geteuid() == 0,
-        buffer_responses=not external,
-        keeps_connections=not external,
-        status_fallback=not external,
+        own_workers=not external,
     )
 
 
