@@ -99,6 +99,8 @@ def _prepare(cls: type[Any], spec: Spec, device: str) -> Served:
     loaded = time.perf_counter()
     if served.speaks:
         _read_voice(model, served)
+    elif spec.voice_aliases:
+        raise LoadError(f"model.voice_aliases is set, but {spec.target} has no speak(request)")
     warm_up = getattr(model, "warm_up", None)
     if warm_up is not None:
         _step(spec, "warm_up()", warm_up)
@@ -132,5 +134,11 @@ def _read_voice(model: Any, served: Served) -> None:
         or not all(isinstance(voice, str) for voice in voices)
     ):
         raise LoadError(f"{target}.voices is {voices!r}; a list with at least one name is needed")
+    for alias, voice in served.spec.voice_aliases.items():
+        if voice not in voices:
+            raise LoadError(
+                f'model.voice_aliases: "{alias}" stands for "{voice}", which is no voice of '
+                f"{target}; its voices: {', '.join(voices)}"
+            )
     served.sample_rate = rate
     served.voices = list(voices)
