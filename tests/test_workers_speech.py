@@ -234,6 +234,16 @@ def test_long_input_is_spoken_and_longer_is_refused(hum: WorkerProcess) -> None:
     assert "at most 16384" in refused.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("number", ["1" * 400, "-" + "1" * 400, "1e999", "1" * 300])
+def test_a_number_of_any_size_is_400(hum: WorkerProcess, number: str) -> None:
+    for field in ("speed", "seed"):
+        answer = hum.client.post(
+            "/v1/audio/speech", content=f'{{"input": "hello", "{field}": {number}}}'
+        )
+        assert answer.status_code == 400
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
 def test_voices_and_what_a_speech_model_lacks(hum: WorkerProcess) -> None:
     assert hum.client.get("/v1/audio/voices").json() == {"voices": ["low", "high"]}
     assert hum.client.post("/predict", json={}).status_code == 404

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from workers.answers import JSON, Answer, Text, as_json
+from workers.answers import JSON, Answer, Text, encoded, model_json
 from workers.contract import InvalidRequest
 from workers.errors import ApiError, LoadError
 from workers.logs import log
@@ -71,12 +71,12 @@ class LitModel:
         try:
             decoded = self._hook("decode_request", self._typed(payload), context)
             output = self._hook("predict", decoded, context)
-            encoded = self._hook("encode_response", output, context)
+            made = self._hook("encode_response", output, context)
             if getattr(self._api, "stream", False):
-                return self._pieces(encoded)
+                return self._pieces(made)
         except Exception as error:
             raise _translated(error) from error
-        return _answer(encoded)
+        return _answer(made)
 
     def _hook(self, name: str, value: Any, context: dict[str, Any]) -> Any:
         hook: Callable[..., Any] = getattr(self._api, name)
@@ -91,16 +91,16 @@ class LitModel:
         except ValueError as error:
             raise InvalidRequest(" ".join(str(error).split())) from None
 
-    def _pieces(self, encoded: Any) -> Iterator[bytes]:
+    def _pieces(self, made: Any) -> Iterator[bytes]:
         """LitServe sends what a stream yields as it is: the framing is the model's."""
         try:
-            for item in encoded:
+            for item in made:
                 piece = self._api.format_encoded_response(item)
-                yield Text(piece.encode()) if isinstance(piece, str) else piece
+                yield Text(encoded(piece)) if isinstance(piece, str) else piece
         except Exception as error:
             raise _translated(error) from error
         finally:
-            close = getattr(encoded, "close", None)
+            close = getattr(made, "close", None)
             if close is not None:
                 close()
 
@@ -120,15 +120,15 @@ def _request_type(hook: Callable[..., Any]) -> Any:
     return kind if isinstance(kind, type) and hasattr(kind, "model_validate") else None
 
 
-def _answer(encoded: Any) -> Any:
+def _answer(value: Any) -> Any:
     """LitServe answers JSON, also for a bare text, unless the hook built a response itself."""
-    if isinstance(encoded, bytes | bytearray | memoryview | Answer):
-        return encoded
-    if hasattr(encoded, "status_code") and hasattr(encoded, "body"):
-        headers = {key: value for key, value in encoded.headers.items() if key not in _FRAMING}
-        content_type = encoded.headers.get("content-type", "application/octet-stream")
-        return Answer(bytes(encoded.body), content_type, encoded.status_code, headers)
-    return Answer(as_json(encoded), JSON)
+    if isinstance(value, bytes | bytearray | memoryview | Answer):
+        return value
+    if hasattr(value, "status_code") and hasattr(value, "body"):
+        headers = {key: text for key, text in value.headers.items() if key not in _FRAMING}
+        content_type = value.headers.get("content-type", "application/octet-stream")
+        return Answer(bytes(value.body), content_type, value.status_code, headers)
+    return Answer(model_json(value), JSON)
 
 
 _FRAMING = ("content-length", "content-type", "transfer-encoding", "connection")

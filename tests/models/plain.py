@@ -94,6 +94,10 @@ class Faulty:
             return {"a": object()}
         if kind == "nan":
             return {"a": float("nan")}
+        if kind == "set":
+            return {"a": {1}}
+        if kind == "surrogate":
+            return "\ud800"
         if kind == "sticky":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if kind == "memory":
