@@ -109,6 +109,8 @@ class FarmUser(User):  # type: ignore[misc]
             "voice": options.voice,
             "input": text.words,
             "response_format": "pcm" if streamed else options.audio_format,
+            # Only a whole answer states its audio seconds, inference time and real-time factor.
+            "stream": streamed,
         }
         name = f"{SPEECH_PATH}{' streamed' if streamed else ''}, {text.group} text"
         return Request(SPEECH_PATH, name, json.dumps(body).encode(), text.group, len(text.words))

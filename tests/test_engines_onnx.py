@@ -7,9 +7,9 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -193,56 +193,155 @@ def test_a_broken_file_is_no_missing_gpu(graph: Path, share: float) -> None:
     assert "onnxruntime-gpu" not in message
 
 
-class Elsewhere:
-    """A session whose provider registered and took nothing: all nodes are on the CPU."""
+class Recorded:
+    """Stands in for a session on a GPU machine: its providers, and the placement on record."""
+
+    record: ClassVar[dict[str, list[str]]] = {}
+    """Provider (ours) → operators of the nodes it took."""
+    missing: ClassVar[set[str]] = set()
+    """Providers whose library could not be loaded: they are gone without an error."""
+    asked: ClassVar[list[list[tuple[str, dict[str, str]]]]] = []
+    """What each attempt registered."""
 
     def __init__(self, *_: object, providers: list[tuple[str, dict[str, str]]], **__: object):
-        self.asked = providers[0]
+        self.asked.append(providers)
+        self._providers = [name for name, _ in providers]
 
     def get_providers(self) -> list[str]:
-        return [self.asked[0], "CPUExecutionProvider"]
+        return [name for name in self._providers if name not in self.missing]
 
     def get_provider_graph_assignment_info(self) -> list[Any]:
-        class Part:
-            ep_name = "CPUExecutionProvider"
+        return [
+            SimpleNamespace(
+                ep_name=engine.PROVIDERS[name],
+                get_nodes=lambda ops=ops: [
+                    SimpleNamespace(op_type=op, name=f"/{op}_{n}", domain="")
+                    for n, op in enumerate(ops)
+                ],
+            )
+            for name, ops in self.record.items()
+            if engine.PROVIDERS[name] in self._providers
+        ]
 
-            @staticmethod
-            def get_nodes() -> list[int]:
-                return [1, 2, 3]
+    def get_inputs(self) -> list[Any]:
+        return []
 
-        return [Part()]
-
-
-class NotLoaded(Elsewhere):
-    """A session whose provider's library could not be loaded: it is gone without an error."""
-
-    def get_providers(self) -> list[str]:
-        return ["CPUExecutionProvider"]
+    get_outputs = get_inputs
 
 
-class Fails(Elsewhere):
-    def __init__(self, *_: object, **__: object) -> None:
+@pytest.fixture
+def gpu_machine(monkeypatch: pytest.MonkeyPatch) -> type[Recorded]:
+    """A machine with every provider, whose sessions are played by the class it gives."""
+
+    class Session(Recorded):
+        asked: ClassVar[list[list[tuple[str, dict[str, str]]]]] = []
+
+    every = list(engine.PROVIDERS.values())
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: every)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    return Session
+
+
+def refused(graph: Path, **options: Any) -> str:
+    with pytest.raises(ProviderError) as error:
+        OnnxEngine(graph, Options(device="cuda:0", **options))
+    return one_line(error)
+
+
+def test_a_provider_that_took_nothing_is_refused(graph: Path, gpu_machine: type[Recorded]) -> None:
+    gpu_machine.record = {"cpu": ["Conv", "Mul", "Add"]}
+    assert "cuda: it took none of the nodes (cpu: 3)" in refused(graph, require="cuda")
+
+
+def test_a_provider_that_did_not_load_is_refused(graph: Path, gpu_machine: type[Recorded]) -> None:
+    gpu_machine.record = {"cpu": ["Conv"]}
+    gpu_machine.missing = {engine.PROVIDERS["cuda"]}
+    assert "cuda: its library did not load" in refused(graph, require="cuda")
+
+
+def test_a_provider_that_raises_is_refused(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise RuntimeError("libcublas.so.12: cannot open\nshared object file")
+
+    every = list(engine.PROVIDERS.values())
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: every)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fails)
+    said = "cuda: RuntimeError: libcublas.so.12: cannot open shared object file"
+    assert said in refused(graph, require="cuda")
 
 
 @pytest.mark.parametrize(
-    ("session", "said"),
+    ("require", "attempts"),
     [
-        (Elsewhere, "cuda: it took none of the nodes ({'cpu': 3})"),
-        (NotLoaded, "cuda: its library did not load"),
-        (Fails, "cuda: RuntimeError: libcublas.so.12: cannot open shared object file"),
+        ("tensorrt", [["tensorrt", "cuda", "cpu"]]),
+        ("cuda", [["cuda", "cpu"]]),
+        ("gpu", [["tensorrt", "cuda", "cpu"], ["cuda", "cpu"]]),
+        ("any", [["tensorrt", "cuda", "cpu"], ["cuda", "cpu"], ["cpu"]]),
     ],
 )
-def test_a_provider_in_name_only_is_refused(
-    graph: Path, monkeypatch: pytest.MonkeyPatch, session: Callable[..., Any], said: str
+def test_each_attempt_registers_what_is_below_it(
+    graph: Path, gpu_machine: type[Recorded], require: str, attempts: list[list[str]]
 ) -> None:
-    """What a GPU machine with a broken installation does, played by a stand-in."""
-    every = list(engine.PROVIDERS.values())
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: every)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    with pytest.raises(ProviderError) as error:
-        OnnxEngine(graph, Options(device="cuda:0", require="cuda"))
-    assert said in one_line(error)
+    """What TensorRT leaves is offered to CUDA, each with its own options."""
+    gpu_machine.missing = {engine.PROVIDERS["tensorrt"], engine.PROVIDERS["cuda"]}
+    options = Options(device="cuda:0", require=require)
+    if require == "any":
+        assert OnnxEngine(graph, options).provider == "cpu"
+    else:
+        refused(graph, require=require)
+    expected = [
+        [(engine.PROVIDERS[name], engine._provider_options(name, options)) for name in attempt]
+        for attempt in attempts
+    ]
+    assert gpu_machine.asked == expected
+
+
+def test_one_node_of_a_hundred_is_no_gpu(graph: Path, gpu_machine: type[Recorded]) -> None:
+    gpu_machine.record = {"cuda": ["Mul"], "cpu": ["Conv"] * 99}
+    message = refused(graph, require="cuda")
+    assert "cuda: the CPU runs 99 of 100 nodes that need a GPU: Conv /Conv_0," in message
+    assert "and 91 more" in message
+
+
+def test_what_tensorrt_leaves_to_cuda_is_accepted(graph: Path, gpu_machine: type[Recorded]) -> None:
+    gpu_machine.record = {"tensorrt": ["Conv"] * 6, "cuda": ["LSTM"], "cpu": ["Shape", "Gather"]}
+    health = OnnxEngine(graph, Options(device="cuda:0", require="gpu")).health()
+    assert health == {
+        "provider": "tensorrt",
+        "nodes": {"tensorrt": 6, "cuda": 1, "cpu": 2},
+        "on_cpu": ["Shape /Shape_0", "Gather /Gather_1"],
+    }
+
+
+def test_any_accepts_large_nodes_on_the_cpu_and_warns(
+    graph: Path, gpu_machine: type[Recorded], caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu_machine.record = {"tensorrt": ["Conv"] * 6, "cpu": ["LSTM"]}
+    loaded = OnnxEngine(graph, Options(device="cuda:0", require="any"))
+    assert loaded.provider == "tensorrt"
+    assert "the CPU runs 1 of 7 nodes that need a GPU: LSTM /LSTM_0" in caplog.text
+
+
+def test_a_gpu_that_cannot_be_verified_is_refused(
+    graph: Path, gpu_machine: type[Recorded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older versions of ONNX Runtime keep no record."""
+    monkeypatch.setattr(gpu_machine, "get_provider_graph_assignment_info", None)
+    assert "does not report where nodes run" in refused(graph, require="gpu")
+    assert OnnxEngine(graph, Options(device="cuda:0", require="any")).provider == "tensorrt"
+
+
+def test_the_record_of_a_real_session_is_read(graph: Path) -> None:
+    settings = onnxruntime.SessionOptions()
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = onnxruntime.InferenceSession(str(graph), settings, providers=["CPUExecutionProvider"])
+    nodes = engine._nodes(session)
+    assert {(node.provider, node.op) for node in nodes} == {
+        ("cpu", "Mul"),
+        ("cpu", "Add"),
+        ("cpu", "Abs"),
+    }
 
 
 def chosen(name: str, options: Options) -> dict[str, str]:
@@ -299,3 +398,27 @@ def test_a_gpu_takes_the_nodes(graph: Path) -> None:
     x = np.random.default_rng(1).standard_normal((1, 100), dtype=np.float32)
     np.testing.assert_allclose(loaded.run(x=x)[0], x * 2 + 1, rtol=1e-6)
     assert loaded.assignment.get("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not WITH_GPU or not torch.cuda.is_available(),
+    reason="no CUDA device, or this onnxruntime has no GPU providers",
+)
+def test_a_gpu_that_leaves_a_large_node_to_the_cpu_is_refused(tmp_path: Path) -> None:
+    """CUDA's provider has no kernel for Det."""
+    made = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "x"], ["square"]),
+            helper.make_node("Det", ["square"], ["y"], name="determinant"),
+        ],
+        "determinant",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [])],
+    )
+    path = tmp_path / "determinant.onnx"
+    onnx.save(
+        helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path
+    )
+    assert "1 of 2 nodes that need a GPU: Det determinant" in refused(path, require="cuda")
+    assert OnnxEngine(path, Options(device="cuda:0", require="any")).provider == "cuda"

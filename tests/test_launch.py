@@ -75,9 +75,11 @@ def test_a_class_is_started_by_this_interpreter(tmp_path: Path) -> None:
 
 
 def test_the_spec_is_json_and_names_the_files_folder(tmp_path: Path) -> None:
-    text = '[model]\ntarget = "a.b:C"\nargs = { size = 3 }\n[workers]\npath = ["more"]'
+    text = '[model]\ntarget = "a.b:C"\nargs = { size = 3 }\nvoice_aliases = { alloy = "anna" }'
+    text += '\n[workers]\npath = ["more"]'
     spec = worker_spec(settings(tmp_path, text), tmp_path / "cache")
     assert json.loads(json.dumps(spec)) == spec
+    assert spec["model"]["voice_aliases"] == {"alloy": "anna"}
     assert spec["path"] == [str(tmp_path), str(tmp_path / "more")]
     assert spec["model"]["args"] == {"size": 3}
 

@@ -57,7 +57,7 @@ def frames(worker: WorkerProcess) -> int:
 
 @shipped
 def test_speech_in_a_wav(worker: WorkerProcess) -> None:
-    answer = speak(worker, SENTENCE, response_format="wav")
+    answer = speak(worker, SENTENCE, response_format="wav", stream=False)
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "audio/wav"
     assert answer.headers["x-sample-rate"] == "16000"
@@ -71,7 +71,7 @@ def test_speech_in_a_wav(worker: WorkerProcess) -> None:
 
 @shipped
 def test_the_time_is_told_by_stage(worker: WorkerProcess) -> None:
-    answer = speak(worker, response_format="wav")
+    answer = speak(worker, response_format="wav", stream=False)
     told = dict(re.findall(r"(\w+);dur=([\d.]+)", answer.headers["server-timing"]))
     assert {"text", "decoder", "codec"} <= set(told)
     stages = sum(float(told[name]) for name in ("text", "decoder", "codec"))
@@ -98,10 +98,20 @@ def test_two_workers_speak_alike(
 
 @shipped
 def test_streamed_samples_are_those_of_the_whole(worker: WorkerProcess) -> None:
-    streamed = speak(worker, SENTENCE, response_format="pcm", seed=7)
+    streamed = speak(worker, SENTENCE, response_format="wav", seed=7)
     assert "content-length" not in streamed.headers
-    whole = speak(worker, SENTENCE, response_format="wav", seed=7)
-    assert whole.content[44:] == streamed.content
+    whole = speak(worker, SENTENCE, response_format="wav", seed=7, stream=False)
+    assert whole.content[44:] == streamed.content[44:]
+
+
+@shipped
+def test_the_first_example_of_a_client_library_is_spoken(worker: WorkerProcess) -> None:
+    answer = speak(worker, SENTENCE, model="tts-1", voice="alloy", response_format="pcm")
+    assert answer.status_code == 200
+    assert answer.headers["x-sample-rate"] == "24000"
+    whole = speak(worker, SENTENCE, response_format="wav", stream=False)
+    seconds = float(whole.headers["x-audio-seconds"])
+    assert len(answer.content) / 2 / 24000 == pytest.approx(seconds, abs=0.001)
 
 
 @shipped

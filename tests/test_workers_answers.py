@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from workers.answers import as_json, stream, whole
+from workers.errors import ApiError
 
 
 def test_values_and_their_types() -> None:
@@ -40,6 +41,45 @@ def test_half_a_surrogate_leaves_as_it_came() -> None:
     assert as_json("\ud800") == b'"\\ud800"'
 
 
+class Picture:
+    """Looks like one of PIL's."""
+
+    def save(self, file: Any) -> None: ...
+
+
+Picture.__module__ = "PIL.Image"
+RING: list[Any] = []
+RING.append(RING)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"tags": {"a"}}, "a set at ['tags'], which JSON cannot carry: return a list."),
+        ([{"b": b"x"}], "bytes at [0]['b'], which JSON cannot carry: return the bytes alone, or b"),
+        (float("nan"), "nan, which JSON cannot carry: return None or a finite number."),
+        ({"a": [1, float("-inf")]}, "-inf at ['a'][1], which JSON cannot carry"),
+        ({"a": np.array([[1.0, np.inf]])}, "inf at ['a'][0][1], which JSON cannot carry"),
+        ({(1, 2): 3}, "a dict with a tuple as a key: use texts."),
+        ({"p": Picture()}, "a PIL image at ['p'], which JSON cannot carry: save it as PNG"),
+        ({"x": object()}, "an object at ['x'], which JSON cannot carry: return numbers, texts"),
+        (RING, "a value that is nested too deeply, or within itself"),
+        (10**5000, "what JSON cannot carry: Exceeds the limit (4300 digits)"),
+        ("a\ud800", "a text whose character 1 is half of a surrogate pair"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_cannot_be_sent_is_named_with_its_place_and_remedy(value: Any, words: str) -> None:
+    with pytest.raises(ApiError) as error:
+        whole(value)
+    assert error.value.status == 500
+    assert error.value.message.startswith(f"The model returned {words}")
+    if not isinstance(value, str):
+        with pytest.raises(ApiError) as error:
+            list(stream(iter([value]), events=False))
+        assert error.value.message.startswith(f"The model returned {words}")
+
+
 @pytest.mark.parametrize(
     ("values", "events", "expected"),
     [
@@ -56,7 +96,7 @@ def test_streams(values: list[Any], events: bool, expected: list[Any]) -> None:
 
 
 def test_a_stream_is_of_one_kind() -> None:
-    with pytest.raises(TypeError, match="both bytes and JSON"):
+    with pytest.raises(ApiError, match="both bytes and JSON"):
         list(stream(iter([b"a", {"b": 1}]), events=False))
 
 

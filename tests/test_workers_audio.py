@@ -58,13 +58,23 @@ def test_progressive_formats_let_bytes_go_before_the_end(name: str) -> None:
 
 def test_pcm_is_little_endian_and_clipped() -> None:
     chunk = np.array([0, 1, -1, 0.5, 7, -7], np.float32)
-    values = struct.unpack("<6h", encode([chunk], 16000, "pcm"))
+    values = struct.unpack("<6h", encode([chunk], 24000, "pcm"))
     assert values == (0, 32767, -32767, 16384, 32767, -32767)
 
 
 def test_pcm_does_not_depend_on_the_cut() -> None:
-    audio = tone(16000)
-    assert encode([audio], 16000, "pcm") == encode(cut(audio, 7), 16000, "pcm")
+    for rate in (16000, 24000):
+        audio = tone(rate)
+        assert encode([audio], rate, "pcm") == encode(cut(audio, 7), rate, "pcm")
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 24000, 44100, 48000])
+def test_pcm_is_always_24_khz(rate: int) -> None:
+    """It states no rate, and OpenAI's clients play it at this one."""
+    assert writable_rate(rate, "pcm") == 24000
+    read = np.frombuffer(encode(cut(tone(rate)), rate, "pcm"), "<i2").astype(np.float32)
+    assert len(read) == 24000
+    assert pitch_of(read, 24000) == pytest.approx(440, abs=1)
 
 
 def test_a_whole_wav_states_its_length_and_a_streamed_one_says_read_on() -> None:

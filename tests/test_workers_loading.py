@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.workers_harness import ROOT, WorkerProcess, eventually
 from workers.errors import LoadError
 from workers.served import Served, load
 from workers.spec import Spec
@@ -65,12 +66,30 @@ def test_a_class_beside_the_configuration_is_enough(
         ("tests.models.none:Model", {}, ["there is no module tests.models.none"]),
         ("tests.models.broken_import:M", {}, ["needs the module a_module_that_does", "install it"]),
         ("tests.models.plain:Ecko", {}, ["has no Ecko", "did you mean Echo?"]),
-        ("tests.models.plain:Zzzz", {}, ["its classes: Answers, Counting, Echo, Faulty"]),
+        ("tests.models.plain:Zzzz", {}, ["its classes: Answers, Async, AsyncStream, Counting"]),
         (f"{FAULTY}:NOT_A_CLASS", {}, ["is no class but int"]),
         (f"{FAULTY}:Arguments", {}, ["missing a required argument: 'size'", "it takes (size"]),
         (f"{FAULTY}:Arguments", {"size": 1, "z": 2}, ["unexpected keyword argument 'z'"]),
         (f"{FAULTY}:NoSetup", {}, ["has no setup(device)"]),
         (f"{FAULTY}:NoPredict", {}, ["neither predict(request) nor speak(request)"]),
+        (
+            f"{FAULTY}:PredictWithoutRequest",
+            {},
+            ["PredictWithoutRequest.predict() cannot be called as predict(request)"],
+        ),
+        (
+            f"{FAULTY}:SetupWithoutDevice",
+            {},
+            ["SetupWithoutDevice.setup() cannot be called as setup(device)", "too many"],
+        ),
+        (
+            f"{FAULTY}:SpeakWithTwo",
+            {},
+            ["speak(text, voice) cannot", "as speak(request)", "missing a required argument"],
+        ),
+        (f"{FAULTY}:HealthWithArgument", {}, ["as health(), which", "'verbose'"]),
+        (f"{FAULTY}:PredictIsData", {}, ["predict is not a method but int: define predict(r"]),
+        (f"{FAULTY}:AsyncSetupFails", {}, ['setup("cpu") failed: FileNotFoundError', "weights"]),
         (f"{FAULTY}:SetupFails", {}, ['setup("cpu") failed: FileNotFoundError', "faulty_start.py"]),
         (f"{FAULTY}:WarmUpFails", {}, ["warm_up() failed: RuntimeError: no kernel image"]),
         (f"{FAULTY}:Exits", {}, ["setup", "SystemExit"]),
@@ -88,6 +107,41 @@ def test_what_cannot_load_says_so_in_one_line(
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+OWN = ("workers", "launcher", "balancer", "loadtest")
+MODEL = "class Mine:\n    def setup(self, device): pass\n    def predict(self, request): return 1\n"
+
+
+@pytest.mark.parametrize("package", OWN)
+@pytest.mark.parametrize("shape", ["folder", "module"])
+def test_a_name_that_clashes_with_gpufarms_own(tmp_path: Path, package: str, shape: str) -> None:
+    """In a real worker: a test's own process has other packages imported."""
+    if shape == "folder":
+        file, target = tmp_path / package / "mymodel.py", f"{package}.mymodel:Mine"
+    else:
+        file, target = tmp_path / f"{package}.py", f"{package}:Mine"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(MODEL)
+    worker = WorkerProcess(tmp_path, target, spec={"path": [str(tmp_path), str(ROOT)]})
+    try:
+        if shape == "module" and package != "workers":
+            eventually(lambda: "ready url=" in worker.log, "a worker, which has no other use of it")
+            return
+        assert worker.wait() == 3
+        (line,) = worker.lines
+    finally:
+        worker.__exit__()
+    beside = file if shape == "module" else file.parent
+    assert f'{beside} has the name of gpufarm\'s own package "{package}"' in line
+    assert f"no {'Mine' if shape == 'module' else 'mymodel'}; rename it" in line
+
+
+def test_a_module_that_gpufarms_own_package_lacks_is_merely_missing(
+    executor: ThreadPoolExecutor,
+) -> None:
+    with pytest.raises(LoadError, match=r"there is no module workers\.nothing"):
+        load(Spec(target="workers.nothing:Mine", path=(ROOT,)), "cpu", executor)
 
 
 def test_a_missing_folder_is_named(executor: ThreadPoolExecutor, tmp_path: Path) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.workers_harness import WorkerProcess, eventually
+from tests.workers_harness import PATIENCE, WorkerProcess, eventually
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,78 @@ def test_every_answer_says_who_and_how_long(echo: WorkerProcess) -> None:
     assert re.fullmatch("[0-9a-f]{32}", made)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"NaN", b"[" * 50_000, b"1" * 5000])
+@pytest.mark.parametrize(
+    ("body", "value"),
+    [
+        (b"1e308", 1e308),
+        (b"[0." + b"1" * 400 + b"]", [float("0." + "1" * 400)]),
+        (b"1" * 308, int("1" * 308)),
+        (b"0e99999", 0.0),
+        (b'{"text": "1e999 ' + b"1" * 400 + b'"}', {"text": "1e999 " + "1" * 400}),
+        (b'"\\ud83d\\ude00"', "\U0001f600"),
+        ("é".encode("utf-16"), None),
+    ],
+)
+def test_large_numbers_that_a_float_holds_are_taken(
+    echo: WorkerProcess, body: bytes, value: Any
+) -> None:
+    content_type = {"content-type": "application/json"}
+    answer = echo.client.post("/predict", content=body, headers=content_type)
+    if value is None:
+        assert answer.status_code == 400
+    else:
+        assert answer.json() == {"echo": value}
+
+
+@pytest.mark.parametrize("body", [b"1e999", b"[-1E+400]", b"1" * 400, b"9" * 305 + b"e10"])
+def test_a_number_beyond_a_float_is_400(echo: WorkerProcess, body: bytes) -> None:
+    content_type = {"content-type": "application/json"}
+    answer = echo.client.post("/predict", content=body, headers=content_type)
+    assert answer.status_code == 400
+    assert "beyond the range of a 64-bit float" in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "x-gzip, identity"])
+def test_a_compressed_body_is_415(echo: WorkerProcess, encoding: str) -> None:
+    answer = echo.predict(1, headers={"Content-Encoding": encoding})
+    assert answer.status_code == 415
+    assert repr(encoding) in error_of(answer)["message"]
+    assert answer.headers["accept-encoding"] == "identity"
+    assert echo.predict(1, headers={"Content-Encoding": "identity"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "words"),
+    [
+        (b"FROB /predict HTTP/1.1\r\nHost: x\r\n\r\n", "method"),
+        ("GET /é HTTP/1.1\r\nHost: x\r\n\r\n".encode(), "url"),
+        (b"GET /a\x01b HTTP/1.1\r\nHost: x\r\n\r\n", "url"),
+        (b"GET /livez HTTP/1.1\r\nHo st: x\r\n\r\n", "header"),
+        (b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: abc\r\n\r\n", "length"),
+        (b"hello\r\n\r\n", "method"),
+    ],
+)
+def test_what_is_no_http_is_answered_in_json(
+    echo: WorkerProcess, request_bytes: bytes, words: str
+) -> None:
+    """No client sends these, so a socket does."""
+    url = httpx.URL(echo.url)
+    with socket.create_connection((url.host, url.port or 0), timeout=PATIENCE) as connection:
+        connection.sendall(request_bytes)
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert answer.status == 400
+        assert answer.headers["content-type"] == "application/json"
+        error = json.loads(answer.read())["error"]
+        assert connection.recv(1) == b"", "it closes"
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == "invalid_http"
+    assert words in error["message"].lower()
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"\xff", b'"\xed\xa0\x80"', b"NaN", b"[" * 50_000, b"1" * 5000]
+)
 def test_bad_json_is_400(echo: WorkerProcess, body: bytes) -> None:
     answer = echo.client.post(
         "/predict", content=body, headers={"content-type": "application/json"}
@@ -172,18 +245,40 @@ def test_metrics(echo: WorkerProcess) -> None:
         assert f'{name}{{model="test"' in text or f"{name}{{" in text
 
 
-@pytest.mark.parametrize("kind", ["value", "exit", "object", "nan"])
+@pytest.mark.parametrize("kind", ["value", "exit"])
 def test_what_a_model_raises_is_500_without_its_secrets(faulty: WorkerProcess, kind: str) -> None:
     answer = faulty.predict({"kind": kind})
     assert answer.status_code == 500
     error = error_of(answer)
     assert error["code"] == "model_failed"
-    kinds = {"value": "ValueError", "exit": "SystemExit", "object": "TypeError"}
-    assert kinds.get(kind, "ValueError") in error["message"]
+    assert {"value": "ValueError", "exit": "SystemExit"}[kind] in error["message"]
     assert "secret" not in answer.text
     assert "Traceback" not in answer.text
     identity = answer.headers["x-request-id"]
     eventually(lambda: f"the model failed id={identity}\nTraceback" in faulty.log, "the traceback")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("object", "an object at ['a'], which JSON cannot carry"),
+        ("nan", "nan at ['a'], which JSON cannot carry: return None or a finite number"),
+        ("set", "a set at ['a'], which JSON cannot carry: return a list"),
+        ("surrogate", "a text whose character 0 is half of a surrogate pair"),
+    ],
+)
+def test_what_cannot_be_sent_is_said_to_the_caller_and_the_log(
+    faulty: WorkerProcess, kind: str, words: str
+) -> None:
+    """It is a mistake of the model's author, who reads either."""
+    answer = faulty.predict({"kind": kind})
+    assert answer.status_code == 500
+    assert answer.headers["x-should-retry"] == "false"
+    error = error_of(answer)
+    assert error["code"] == "answer_not_sendable"
+    assert words in error["message"]
+    identity = answer.headers["x-request-id"]
+    eventually(lambda: f"answered 500 id={identity} {error['message']}" in faulty.log, "the line")
 
 
 def test_a_model_refuses_with_400(faulty: WorkerProcess) -> None:

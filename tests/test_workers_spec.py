@@ -20,7 +20,13 @@ def test_the_smallest_spec_has_defaults() -> None:
 
 def test_every_key_is_read(tmp_path: Path) -> None:
     document = {
-        "model": {"target": "a:B", "args": {"x": 1}, "name": "demo", "aliases": ["tts-1"]},
+        "model": {
+            "target": "a:B",
+            "args": {"x": 1},
+            "name": "demo",
+            "aliases": ["tts-1"],
+            "voice_aliases": {"alloy": "anna"},
+        },
         "path": [str(tmp_path)],
         "line": 0,
         "request_timeout": 5,
@@ -36,6 +42,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         args={"x": 1},
         name="demo",
         aliases=("tts-1",),
+        voice_aliases={"alloy": "anna"},
         path=(tmp_path,),
         line=0,
         request_timeout=5.0,
@@ -70,6 +77,11 @@ def test_default_is_always_a_name() -> None:
         ({"model": {"target": "a:B"}, "request_timeout": "1"}, 'request_timeout is "1"'),
         ({"model": {"target": "a:B"}, "path": "x"}, 'path is "x"; a list of texts'),
         ({"model": {"target": "a:B", "aliases": [1]}}, "model.aliases[0] is 1"),
+        ({"model": {"target": "a:B", "voice_aliases": ["x"]}}, 'model.voice_aliases is ["x"]; an'),
+        (
+            {"model": {"target": "a:B", "voice_aliases": {"alloy": 3}}},
+            "model.voice_aliases.alloy is 3; a text",
+        ),
     ],
 )
 def test_a_wrong_spec_names_the_key(document: Any, words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from workers.errors import ApiError
 from workers.spec import Spec
 from workers.speech_request import Wanted, parse_speech
 
-SPEC = Spec(target="a:B", name="demo", aliases=("tts-1",), input_limit=100)
+SPEC = Spec(target="a:B", name="demo", aliases=("mine",), input_limit=100)
 VOICES = ["anna", "bert"]
 
 
@@ -27,10 +28,12 @@ def test_only_the_input_is_needed() -> None:
     assert wanted.speech.seed is None
     assert wanted.response_format == "mp3"
     assert not wanted.events
-    assert not wanted.progressive
+    assert wanted.progressive
 
 
-@pytest.mark.parametrize("model", ["demo", "tts-1", "default", None])
+@pytest.mark.parametrize(
+    "model", ["demo", "mine", "default", None, "tts-1", "tts-1-hd", "gpt-4o-mini-tts"]
+)
 def test_names_of_the_model(model: str | None) -> None:
     parsed(model=model)
 
@@ -43,15 +46,41 @@ def test_names_of_voices(voice: Any, expected: str) -> None:
     assert parsed(voice=voice).speech.voice == expected
 
 
+def voice_of(voice: str, voices: list[str], **aliases: str) -> str:
+    spec = replace(SPEC, voice_aliases=aliases)
+    return parse_speech({"input": "x", "voice": voice}, spec, voices, Work()).speech.voice
+
+
+def test_a_single_voice_answers_to_every_voice_of_openai() -> None:
+    assert voice_of("alloy", ["slt"]) == "slt"
+    assert voice_of("marin", ["slt"]) == "slt"
+    with pytest.raises(ApiError) as error:
+        voice_of("zoe", ["slt"])
+    assert error.value.status == 404
+
+
+def test_several_voices_are_mapped_by_the_configuration() -> None:
+    assert voice_of("alloy", VOICES, alloy="bert") == "bert"
+    assert voice_of("narrator", VOICES, narrator="bert") == "bert"
+    assert voice_of("alloy", ["slt", "alloy"]) == "alloy"
+    with pytest.raises(ApiError, match="There is: anna, bert, nova, default"):
+        voice_of("alloy", VOICES, nova="anna")
+
+
 def test_a_voice_called_default_is_that_one() -> None:
     wanted = parse_speech({"input": "x", "voice": "default"}, SPEC, ["a", "default"], Work())
     assert wanted.speech.voice == "default"
 
 
 def test_what_is_streamed() -> None:
-    assert parsed(response_format="pcm").progressive
-    assert not parsed(response_format="wav").progressive
-    assert parsed(response_format="wav", stream_format="audio").progressive
+    for name in ("pcm", "wav", "mp3", "opus"):
+        assert parsed(response_format=name).progressive
+        assert parsed(response_format=name, stream=True).progressive
+        assert not parsed(response_format=name, stream=False).progressive
+        assert not parsed(response_format=name, stream=False, stream_format="audio").progressive
+    assert not parsed(response_format="flac").progressive
+    assert not parsed(response_format="flac", stream=True).progressive
+    assert parsed(response_format="flac", stream_format="sse").progressive
     assert parsed(stream_format="sse").events
 
 
@@ -71,11 +100,15 @@ def test_unknown_fields_reach_the_model() -> None:
         ({"input": 3}, 400, "input", "3"),
         ({"input": "x" * 101}, 400, "input", "101 characters; at most 100"),
         ({"input": "\ud800"}, 400, "input", "surrogate"),
-        ({"model": "gpt"}, 404, "model", "demo, tts-1, default"),
+        ({"model": "gpt"}, 404, "model", "demo, mine, default"),
         ({"model": 3}, 400, "model", "3"),
         ({"voice": "zoe"}, 404, "voice", "anna, bert, default"),
         ({"voice": {"name": "anna"}}, 400, "voice", "id"),
         ({"speed": 5}, 400, "speed", "0.25 to 4"),
+        ({"speed": 10**400}, 400, "speed", "0.25 to 4"),
+        ({"speed": -(10**400)}, 400, "speed", "0.25 to 4"),
+        ({"speed": float("inf")}, 400, "speed", "0.25 to 4"),
+        ({"speed": float("nan")}, 400, "speed", "0.25 to 4"),
         ({"speed": True}, 400, "speed", "0.25 to 4"),
         ({"speed": "1"}, 400, "speed", "0.25 to 4"),
         ({"seed": 1.5}, 400, "seed", "whole number"),
@@ -84,6 +117,8 @@ def test_unknown_fields_reach_the_model() -> None:
         ({"response_format": "aac"}, 400, "response_format", "mp3, opus, flac, wav, pcm"),
         ({"stream_format": "x"}, 400, "stream_format", "audio, sse"),
         ({"instructions": 1}, 400, "instructions", "text"),
+        ({"stream": "no"}, 400, "stream", "true or false"),
+        ({"stream": False, "stream_format": "sse"}, 400, "stream", "'sse', which is a stream"),
     ],
 )
 def test_refusals_name_field_and_remedy(

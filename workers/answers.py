@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from workers.errors import ApiError
+from workers.unsendable import plain, unsendable
+
 JSON = "application/json"
 BYTES = "application/octet-stream"
 TEXT = "text/plain; charset=utf-8"
@@ -30,26 +33,47 @@ class Text(bytes):
 
 def as_json(value: Any) -> bytes:
     """UTF-8 JSON. Arrays and tensors become lists. Raises TypeError or ValueError otherwise."""
-    return json.dumps(value, default=_plain, allow_nan=False, separators=(",", ":")).encode()
+    return json.dumps(value, default=plain, allow_nan=False, separators=(",", ":")).encode()
 
 
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # numpy arrays and scalars, torch tensors
-        return value.tolist()
-    if hasattr(value, "model_dump"):  # pydantic
-        return value.model_dump(mode="json")
-    raise TypeError(f"the model returned a {type(value).__name__}, which is not JSON")
+def model_json(value: Any) -> bytes:
+    """The same for what a model returned. Raises ApiError 500 naming what cannot be sent, and how
+    it can be: the model's author reads it."""
+    try:
+        return as_json(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _not_sent(unsendable(value, error)) from None
+
+
+def encoded(text: str) -> bytes:
+    """A text that a model returned, as UTF-8. Raises ApiError 500 for half of a surrogate pair."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise _not_sent(
+            f"a text whose character {error.start} is half of a surrogate pair, which UTF-8 cannot "
+            'carry: return text.encode("utf-8", "replace"), or correct what made it'
+        ) from None
+
+
+def _not_sent(what: str) -> ApiError:
+    return ApiError(
+        500,
+        f"The model returned {what}.",
+        code="answer_not_sendable",
+        headers={"x-should-retry": "false"},
+    )
 
 
 def whole(value: Any) -> Answer:
-    """A returned value: bytes and str as they are, anything else as JSON."""
+    """A returned value: bytes and str as they are, anything else as JSON. Raises ApiError 500."""
     if isinstance(value, Answer):
         return value
     if isinstance(value, bytes | bytearray | memoryview):
         return Answer(bytes(value), BYTES)
     if isinstance(value, str):
-        return Answer(value.encode(), TEXT)
-    return Answer(as_json(value), JSON)
+        return Answer(encoded(value), TEXT)
+    return Answer(model_json(value), JSON)
 
 
 def stream(values: Iterator[Any], events: bool) -> Iterator[Any]:
@@ -66,8 +90,11 @@ def stream(values: Iterator[Any], events: bool) -> Iterator[Any]:
                 raw = is_bytes
                 yield _content_type(value, raw, events)
             if is_bytes is not raw:
-                raise TypeError("the model yielded both bytes and JSON values in one stream")
-            yield bytes(value) if raw else _framed(as_json(value), events)
+                raise _not_sent(
+                    "both bytes and JSON values in one stream, which has one content type: yield "
+                    "one kind only"
+                )
+            yield bytes(value) if raw else _framed(model_json(value), events)
         if raw is None:
             yield EVENTS if events else LINES
         if events and not raw:

@@ -25,9 +25,12 @@ PROGRESSIVE = frozenset({"pcm", "wav", "mp3", "opus"})
 """Formats that stay readable when their first bytes leave before the last are known.
 
 flac states its length and checksum in its head, and soundfile does not read it without them.
+A wav states its length there too, and says "read to the end" instead, as OpenAI's own does: players
+accept that, but some show no duration.
 """
 
 _RATES = {
+    "pcm": (24000,),  # it has no header to state another one, and OpenAI's clients play it at this
     "opus": (8000, 12000, 16000, 24000, 48000),
     "mp3": (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000),
 }
@@ -72,7 +75,7 @@ def encode(chunks: list[Audio], rate: int, format_name: str) -> bytes:
 def encoder(rate: int, format_name: str, complete: bool = False) -> Encoder:
     """``complete``: return everything at the end, with all lengths in place."""
     if format_name == "pcm":
-        return _Pcm()
+        return _Pcm(rate)
     if format_name == "wav":
         return _Wav(rate)
     return _Compressed(rate, format_name, complete or format_name not in PROGRESSIVE)
@@ -93,11 +96,15 @@ def wav_header(rate: int, size: int | None) -> bytes:
 
 
 class _Pcm:
+    def __init__(self, rate: int) -> None:
+        target = writable_rate(rate, "pcm")
+        self._resampler = Resampler(rate, target) if target != rate else None
+
     def feed(self, chunk: Audio) -> bytes:
-        return to_pcm(chunk)
+        return to_pcm(chunk if self._resampler is None else self._resampler.feed(chunk))
 
     def finish(self) -> bytes:
-        return b""
+        return b"" if self._resampler is None else to_pcm(self._resampler.finish())
 
 
 class _Wav:

@@ -2,6 +2,8 @@
 
 A model is any class with ``setup(device)`` and ``predict(request)``, or, for speech, ``speak``.
 Nothing has to be inherited; the protocols below state the contract for readers and for mypy.
+Every method may be ``async def``, and yield as an async generator: it is run to its end on the
+device thread, on one event loop for the life of the worker, and still one request at a time.
 """
 
 from __future__ import annotations
@@ -96,7 +98,8 @@ class Model(Protocol):
         """``request`` is parsed JSON, or bytes for any other content type (a JSON object or list
         that comes without one, as from plain `curl -d`, is parsed as well).
 
-        Returns a JSON-ready value, bytes or str; or yields those (a stream).
+        Returns a JSON-ready value, bytes or str; or yields those (a stream). What JSON cannot
+        carry (NaN, a set, bytes within a dict) is answered with 500 and says what it was and where.
         """
 
 
@@ -104,7 +107,9 @@ class SpeechModel(Protocol):
     """A model served at ``/v1/audio/speech``. The optional methods are those of Model."""
 
     sample_rate: int
+    """Hz of what ``speak`` yields. pcm leaves at 24,000 Hz whatever this is."""
     voices: list[str]
+    """The first one is the default. A single one also answers to every voice name of OpenAI's."""
 
     def setup(self, device: str) -> None:
         """Load onto ``device``: ``"cuda:0"`` or ``"cpu"``."""

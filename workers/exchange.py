@@ -106,7 +106,9 @@ class Exchange:
         return Work(self.limit.deadline)
 
     async def read_body(self, limit: int) -> bytes:
-        """Raises ApiError 413 beyond ``limit`` bytes, 408 when it does not arrive in time."""
+        """Raises ApiError 413 beyond ``limit`` bytes, 408 when it does not arrive in time, and 415
+        when it is compressed."""
+        _check_encoding(self.header(b"content-encoding"))
         length = self.header(b"content-length")
         if length.isdigit() and int(length) > limit:
             raise _too_large(limit)
@@ -283,13 +285,52 @@ class Exchange:
 
 
 def parse_json(body: bytes) -> Any:
-    """Raises ApiError 400. NaN and Infinity are no JSON."""
+    """Raises ApiError 400. NaN and Infinity are no JSON, nor is a number that no float can hold."""
     try:
-        return json.loads(body, parse_constant=_refuse_constant)
+        # json.loads itself would let surrogates through that are no UTF-8.
+        text = body.decode(json.detect_encoding(body))
+        if not _MAYBE_HUGE.search(text):
+            return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_float, parse_int=_integer
+        )
     except RecursionError:
         raise invalid("The body is nested too deeply.") from None
     except ValueError as error:
         raise invalid(f"The body is not JSON: {error}.") from None
+
+
+_MAYBE_HUGE = re.compile(r"(?<![0-9])[0-9]{200}|[eE]\+?0*[1-9][0-9]{2}")
+"""Cheap to look for, and in every body that holds a number beyond a float's range. Only then are
+all numbers looked at one by one, which is slow."""
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {_short(text)} is beyond the range of a 64-bit float")
+    return value
+
+
+def _integer(text: str) -> int:
+    _float(text)
+    return int(text)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:20]}… of {len(text)} characters"
+
+
+def _check_encoding(value: str) -> None:
+    if value.strip().lower() not in ("", "identity"):
+        raise ApiError(
+            415,
+            f"Content-Encoding is {value[:40]!r}, and bodies are read as they are here; send it "
+            "uncompressed.",
+            code="content_encoding_unsupported",
+            param="Content-Encoding",
+            headers={"accept-encoding": "identity"},
+        )
 
 
 def _refuse_constant(name: str) -> None:

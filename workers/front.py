@@ -89,6 +89,8 @@ class ModelRoute:
 
     def _answer_to(self, error: Exception, exchange: Exchange) -> ApiError:
         if isinstance(error, ApiError):
+            if error.status >= 500:
+                log.error("answered %d id=%s %s", error.status, exchange.id, error.message)
             return error
         if isinstance(error, InvalidRequest):
             return invalid(str(error))

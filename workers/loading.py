@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import inspect
 import sys
 import traceback
@@ -34,6 +34,8 @@ def load_class(spec: Spec) -> type[Any]:
             error.permanent = not is_exhausted(cause)
         raise
     found = getattr(module, class_name, None)
+    if found is None and (clash := _clash(f"{module_name}.{class_name}", spec)):
+        raise LoadError(f'model.target "{spec.target}": {clash}')
     if found is None:
         raise LoadError(
             f'model.target "{spec.target}": the module {module_name} ({_origin(module)}) '
@@ -99,6 +101,8 @@ def _import(name: str, spec: Spec) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = error.name or name
+        if clash := _clash(missing, spec):
+            raise LoadError(f'model.target "{spec.target}": {clash}') from None
         if name != missing and not name.startswith(f"{missing}."):
             raise LoadError(
                 f'model.target "{spec.target}": {name} needs the module {missing}, which is not '
@@ -109,6 +113,35 @@ def _import(name: str, spec: Spec) -> Any:
             f'model.target "{spec.target}": there is no module {missing}; searched {searched} '
             f"and the installed packages; correct the name, or add its folder to workers.path"
         ) from None
+
+
+_OWN_PACKAGES = ("workers", "launcher", "balancer", "loadtest")
+"""gpufarm's, of which an installation has all."""
+
+
+def _clash(name: str, spec: Spec) -> str:
+    """Why a module ``name`` cannot be found where gpufarm's own package has its first name; empty
+    where it has not."""
+    top = name.partition(".")[0]
+    if top not in _OWN_PACKAGES:
+        return ""
+    theirs = [folder / leaf for folder in spec.path for leaf in (top, f"{top}.py")]
+    found = next((path for path in theirs if path.exists() and not _is_imported(path, top)), None)
+    if found is None:
+        return ""
+    return (
+        f'{found} has the name of gpufarm\'s own package "{top}", which is imported instead and '
+        f"has no {name.removeprefix(f'{top}.')}; rename it, and the target with it"
+    )
+
+
+def _is_imported(path: Path, top: str) -> bool:
+    """Whether ``import top`` gives what lies at ``path``."""
+    found = importlib.util.find_spec(top)
+    if found is None:
+        return False
+    places = [*(found.submodule_search_locations or ()), found.origin or ""]
+    return path.resolve() in [Path(place).resolve() for place in places]
 
 
 def _origin(module: Any) -> str:

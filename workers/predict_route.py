@@ -6,11 +6,12 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message
 
 from workers.answers import EVENTS, Answer, error_event
-from workers.errors import ApiError
+from workers.errors import ApiError, invalid
 from workers.exchange import Exchange, parse_json
 from workers.worker import Worker
 
@@ -68,10 +69,5 @@ async def _form(exchange: Exchange, body: bytes) -> Any:
 
     try:
         return await Request(exchange.scope, replay).form()
-    except (AssertionError, ImportError):
-        raise ApiError(
-            415,
-            "Forms need the package python-multipart where the worker runs: install it, or send "
-            "JSON with Content-Type: application/json.",
-            code="form_unsupported",
-        ) from None
+    except HTTPException as error:
+        raise invalid(f"The body is not a form: {error.detail.rstrip('.')}.") from None

@@ -8,11 +8,13 @@ from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 from workers.answers import as_json, stream, whole
+from workers.async_calls import DeviceLoop
 from workers.audio import samples
 from workers.contract import Audio, SpeechRequest
 from workers.errors import LoadError
 from workers.litapi import LitModel, is_litapi
 from workers.loading import attempt, construct, load_class
+from workers.signatures import check_calls
 from workers.spec import Spec
 
 T = TypeVar("T")
@@ -21,7 +23,7 @@ T = TypeVar("T")
 class Served:
     """A loaded and warm model. All of its methods belong to the device thread."""
 
-    def __init__(self, model: Any, spec: Spec, device: str) -> None:
+    def __init__(self, model: Any, spec: Spec, device: str, loop: DeviceLoop) -> None:
         self.spec = spec
         self.device = device
         self.speaks = hasattr(model, "speak")
@@ -36,17 +38,18 @@ class Served:
         self.report: dict[str, Any] = {}
         """What the model last said of itself."""
         self._model = model
+        self._loop = loop
 
     def predict(self, payload: Any, events: bool) -> Any:
         """An Answer, or an iterator: the content type, then chunks of bytes."""
-        value = self._model.predict(payload)
+        value = self._loop.resolved(self._model.predict(payload))
         if isinstance(value, Iterator):
             return stream(value, events)
         return whole(value)
 
     def speak(self, request: SpeechRequest) -> Iterator[Audio]:
         """The speech in finite float32 chunks, while it is being made."""
-        chunks = self._model.speak(request)
+        chunks = self._loop.resolved(self._model.speak(request))
         try:
             for chunk in chunks:
                 request.work.check()
@@ -67,7 +70,7 @@ class Served:
         health = getattr(self._model, "health", None)
         if health is None:
             return
-        value = health()
+        value = self._loop.resolved(health())
         if not isinstance(value, dict):
             raise TypeError(f"health() gave a {type(value).__name__}; a dict is needed")
         as_json(value)
@@ -76,7 +79,7 @@ class Served:
     def longest_request(self) -> dict[str, Any] | None:
         """What sizing sends to measure the footprint, if the model knows."""
         longest = getattr(self._model, "longest_request", None)
-        return longest() if longest is not None else None
+        return self._loop.resolved(longest()) if longest is not None else None
 
 
 def load(spec: Spec, device: str, executor: Executor) -> Served:
@@ -92,16 +95,20 @@ def _prepare(cls: type[Any], spec: Spec, device: str) -> Served:
     _check_class(cls, spec)
     began = time.perf_counter()
     model = construct(cls, spec)
+    loop = DeviceLoop()
     if is_litapi(cls):
-        model = LitModel(model)
-    served = Served(model, spec, device)
-    _step(spec, f'setup("{device}")', lambda: model.setup(device))
+        model = LitModel(model, loop)
+    check_calls(model, spec.target)
+    served = Served(model, spec, device, loop)
+    _step(spec, f'setup("{device}")', lambda: loop.resolved(model.setup(device)))
     loaded = time.perf_counter()
     if served.speaks:
         _read_voice(model, served)
+    elif spec.voice_aliases:
+        raise LoadError(f"model.voice_aliases is set, but {spec.target} has no speak(request)")
     warm_up = getattr(model, "warm_up", None)
     if warm_up is not None:
-        _step(spec, "warm_up()", warm_up)
+        _step(spec, "warm_up()", lambda: loop.resolved(warm_up()))
     _step(spec, "health()", served.refresh)
     served.startup_seconds = {"load": loaded - began, "warm_up": time.perf_counter() - loaded}
     return served
@@ -132,5 +139,11 @@ def _read_voice(model: Any, served: Served) -> None:
         or not all(isinstance(voice, str) for voice in voices)
     ):
         raise LoadError(f"{target}.voices is {voices!r}; a list with at least one name is needed")
+    for alias, voice in served.spec.voice_aliases.items():
+        if voice not in voices:
+            raise LoadError(
+                f'model.voice_aliases: "{alias}" stands for "{voice}", which is no voice of '
+                f"{target}; its voices: {', '.join(voices)}"
+            )
     served.sample_rate = rate
     served.voices = list(voices)

@@ -15,6 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from workers.logs import log
+from workers.protocol import JsonErrorProtocol
 from workers.worker import Worker
 
 KEEP_ALIVE = 90
@@ -86,7 +87,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 loop="uvloop",
-                http="httptools",
+                http=JsonErrorProtocol,
                 ws="none",
                 lifespan="off",
                 access_log=False,

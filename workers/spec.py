@@ -23,11 +23,14 @@ class Spec:
     args: dict[str, Any] = field(default_factory=dict)
     name: str = "model"
     aliases: tuple[str, ...] = ()
+    voice_aliases: dict[str, str] = field(default_factory=dict)
+    """What callers may write for a voice → one of the model's voices."""
     path: tuple[Path, ...] = ()
     line: int = 8
     request_timeout: float = 60.0
     body_limit: int = 64 * 1024 * 1024
     input_limit: int = 16384
+    """OpenAI's is 4,096; whoever speaks with a model of their own may ask for more at once."""
     cache_dir: Path | None = None
     log_format: str = "text"
     """"text" or "json" """
@@ -38,7 +41,7 @@ class Spec:
         return list(dict.fromkeys((self.name, *self.aliases, DEFAULT_NAME)))
 
 
-_MODEL_KEYS = ("target", "args", "name", "aliases")
+_MODEL_KEYS = ("target", "args", "name", "aliases", "voice_aliases")
 _KEYS = (
     *("model", "path", "line", "request_timeout", "body_limit", "input_limit", "cache_dir"),
     "log_format",
@@ -77,6 +80,7 @@ def parse_spec(document: Any) -> Spec:
         args=_arguments(model.get("args", {})),
         name=_text(model.get("name", Spec.name), "model.name"),
         aliases=tuple(_texts(model.get("aliases", []), "model.aliases")),
+        voice_aliases=_text_table(model.get("voice_aliases", {}), "model.voice_aliases"),
         path=tuple(Path(folder) for folder in _texts(top.get("path", []), "path")),
         line=_whole(top.get("line", Spec.line), "line", least=0),
         request_timeout=_seconds(
@@ -116,6 +120,12 @@ def _texts(value: Any, key: str) -> list[str]:
     if not isinstance(value, list):
         raise LoadError(f"{key} is {_shown(value)}; a list of texts is needed")
     return [_text(item, f"{key}[{index}]") for index, item in enumerate(value)]
+
+
+def _text_table(value: Any, key: str) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise LoadError(f"{key} is {_shown(value)}; an object of texts is needed")
+    return {name: _text(item, f"{key}.{name}") for name, item in value.items()}
 
 
 def _whole(value: Any, key: str, least: int) -> int:

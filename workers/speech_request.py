@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from workers.audio import CONTENT_TYPES
+from workers.audio import CONTENT_TYPES, PROGRESSIVE
 from workers.contract import SpeechRequest, Work
 from workers.errors import invalid, unknown
 from workers.spec import DEFAULT_NAME, Spec
 
+OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
+"""What every first example of a client library writes: any speech model answers to them."""
+
+OPENAI_VOICES = frozenset(
+    {
+        *("alloy", "ash", "ballad", "cedar", "coral", "echo", "fable"),
+        *("marin", "nova", "onyx", "sage", "shimmer", "verse"),
+    }
+)
+"""Voices of OpenAI's. A model with one voice answers to them with it; with several, the
+configuration says which is meant (``model.voice_aliases``)."""
+
 _OWN_FIELDS = frozenset(
-    {"input", "model", "voice", "instructions", "response_format", "speed", "stream_format", "seed"}
+    {
+        *("input", "model", "voice", "instructions", "response_format", "speed", "seed"),
+        *("stream", "stream_format"),
+    }
 )
 _FORMATS = ", ".join(CONTENT_TYPES)
 
@@ -42,9 +56,10 @@ def parse_speech(body: Any, spec: Spec, voices: list[str], work: Work) -> Wanted
             "response_format",
         )
     stream_format = _choice(body, "stream_format", None, ("audio", "sse"))
+    stream = _stream(body.get("stream"), stream_format)
     speech = SpeechRequest(
         input=_input(body.get("input"), spec.input_limit),
-        voice=_voice(body.get("voice"), voices),
+        voice=_voice(body.get("voice"), voices, spec.voice_aliases),
         speed=_speed(body.get("speed")),
         seed=_seed(body.get("seed")),
         instructions=_instructions(body.get("instructions")),
@@ -55,8 +70,21 @@ def parse_speech(body: Any, spec: Spec, voices: list[str], work: Work) -> Wanted
         speech,
         response_format,
         events=stream_format == "sse",
-        progressive=stream_format is not None or response_format == "pcm",
+        progressive=stream is not False
+        and (stream_format is not None or response_format in PROGRESSIVE),
     )
+
+
+def _stream(value: Any, stream_format: str | None) -> bool | None:
+    """A field of ours: false asks for the whole answer, which states its length and pace."""
+    if value is not None and not isinstance(value, bool):
+        raise invalid(f"stream is {_shown(value)}; true or false is needed.", "stream")
+    if value is False and stream_format == "sse":
+        raise invalid(
+            "stream is false, but stream_format is 'sse', which is a stream; leave one out.",
+            "stream",
+        )
+    return value
 
 
 def _check_model(value: Any, spec: Spec) -> None:
@@ -64,7 +92,7 @@ def _check_model(value: Any, spec: Spec) -> None:
         return
     if not isinstance(value, str):
         raise invalid(f"model is {_shown(value)}; a text is needed.", "model")
-    if value not in spec.names:
+    if value not in spec.names and value not in OPENAI_MODELS:
         raise unknown("model", value, spec.names)
 
 
@@ -86,7 +114,7 @@ def _input(value: Any, limit: int) -> str:
     return value
 
 
-def _voice(value: Any, voices: list[str]) -> str:
+def _voice(value: Any, voices: list[str], aliases: dict[str, str]) -> str:
     if isinstance(value, dict) and "id" in value:
         value = value["id"]
     if value is None:
@@ -95,16 +123,19 @@ def _voice(value: Any, voices: list[str]) -> str:
         raise invalid(f'voice is {_shown(value)}; a text or {{"id": …}} is needed.', "voice")
     if value in voices:
         return value
-    if value == DEFAULT_NAME:
+    if value in aliases:
+        return aliases[value]
+    if value == DEFAULT_NAME or (value in OPENAI_VOICES and len(voices) == 1):
         return voices[0]
-    raise unknown("voice", value, list(dict.fromkeys((*voices, DEFAULT_NAME))))
+    raise unknown("voice", value, list(dict.fromkeys((*voices, *aliases, DEFAULT_NAME))))
 
 
 def _speed(value: Any) -> float:
     if value is None:
         return 1.0
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not 0.25 <= value <= 4:
+    # An integer of any size can be compared with a float, but not made one.
+    if not number or not 0.25 <= value <= 4:
         raise invalid(f"speed is {_shown(value)}; a number from 0.25 to 4 is needed.", "speed")
     return float(value)
 

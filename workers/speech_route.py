@@ -15,9 +15,6 @@ from workers.exchange import Exchange, parse_json
 from workers.speech_request import Wanted, parse_speech
 from workers.worker import Worker
 
-_CHEAP = frozenset({"wav", "pcm"})
-"""Formats that are written where one stands; the others take a thread of their own."""
-
 
 class Speech:
     def __init__(self, worker: Worker) -> None:
@@ -88,8 +85,15 @@ class Speech:
         """Hz of what is sent, which is not the model's where the format cannot carry that."""
         return str(writable_rate(self._worker.served.sample_rate, wanted.response_format))
 
+    def _is_cheap(self, wanted: Wanted) -> bool:
+        """Samples that are only cast are written here; encoding and resampling take a thread of
+        their own."""
+        rate = self._worker.served.sample_rate
+        name = wanted.response_format
+        return name == "wav" or (name == "pcm" and writable_rate(rate, name) == rate)
+
     async def _write(self, wanted: Wanted, write: Any, *arguments: Any) -> bytes:
-        if wanted.response_format in _CHEAP:
+        if self._is_cheap(wanted):
             return bytes(write(*arguments))
         loop = asyncio.get_running_loop()
         return bytes(await loop.run_in_executor(self._worker.encoder_thread, write, *arguments))

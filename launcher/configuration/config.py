@@ -92,6 +92,9 @@ class ModelSettings(_Section):
     )
     args: dict[str, Any] = Field(default={}, description="a table of keyword arguments")
     aliases: tuple[str, ...] = Field(default=(), description='a list of names such as ["tts-1"]')
+    voice_aliases: dict[str, str] = Field(
+        default={}, description='a table of voices such as {alloy = "en_female"}'
+    )
     ready_url: UrlPath = Field(default="/", description='a path such as "/health"')
     environment: dict[str, str] = Field(default={}, description="a table of texts")
 

@@ -91,6 +91,7 @@ def worker_spec(settings: Settings, cache: Path) -> dict[str, Any]:
             "args": model.args,
             "name": model.name,
             "aliases": list(model.aliases),
+            "voice_aliases": model.voice_aliases,
         },
         "path": [str(folder) for folder in settings.import_path],
         "line": settings.workers.line,

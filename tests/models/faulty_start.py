@@ -79,3 +79,50 @@ class OutOfMemory:
 
     def predict(self, request: Any) -> Any:
         return request
+
+
+class PredictWithoutRequest:
+    def setup(self, device: str) -> None:
+        raise AssertionError("found before anything is loaded")
+
+    def predict(self) -> Any:
+        return None
+
+
+class SetupWithoutDevice:
+    def setup(self) -> None:
+        pass
+
+    def predict(self, request: Any) -> Any:
+        return request
+
+
+class SpeakWithTwo:
+    sample_rate = 16000
+    voices = ["a"]  # noqa: RUF012
+
+    def setup(self, device: str) -> None:
+        pass
+
+    async def speak(self, text: str, voice: str) -> Any:
+        yield text + voice
+
+
+class HealthWithArgument(NoSetup):
+    def setup(self, device: str) -> None:
+        pass
+
+    def health(self, verbose: bool) -> Any:
+        return {"verbose": verbose}
+
+
+class PredictIsData:
+    predict = 3
+
+    def setup(self, device: str) -> None:
+        pass
+
+
+class AsyncSetupFails(NoSetup):
+    async def setup(self, device: str) -> None:
+        raise FileNotFoundError("weights.safetensors is missing")

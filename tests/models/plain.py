@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,63 @@ class Answers:
         return Answer(b"made", "text/plain", request["status"], request.get("headers"))
 
 
+class Async:
+    """Every method is ``async def``; a task that setup began goes on during requests."""
+
+    async def setup(self, device: str) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.arrived: asyncio.Queue[Any] = asyncio.Queue()
+        self.echo = asyncio.create_task(self._echo())
+
+    async def _echo(self) -> None:
+        self.answers: asyncio.Queue[Any] = asyncio.Queue()
+        while True:
+            await self.answers.put(await self.arrived.get())
+
+    async def warm_up(self) -> None:
+        assert await self.predict("warm") == {"echo": "warm", "one_loop": True}
+
+    async def health(self) -> dict[str, Any]:
+        return {"engine": "async", "thread": threading.current_thread().name}
+
+    async def longest_request(self) -> dict[str, Any]:
+        return {"path": "/predict", "json": "longest"}
+
+    async def predict(self, request: Any) -> Any:
+        if request == "refuse":
+            from workers.contract import InvalidRequest
+
+            raise InvalidRequest("not this one")
+        if request == "fail":
+            raise KeyError("the secret of the model")
+        await asyncio.sleep(0)
+        await self.arrived.put(request)
+        return {
+            "echo": await self.answers.get(),
+            "one_loop": asyncio.get_running_loop() is self.loop,
+        }
+
+
+class AsyncStream(Slow):
+    """An async generator within a timeout that is open across its yields, as clients write it."""
+
+    async def predict(self, request: dict[str, Any]) -> AsyncIterator[Any]:
+        task = asyncio.current_task()
+        try:
+            async with asyncio.timeout(60):
+                for number in range(request.get("count", 3)):
+                    if number == request.get("fail_at"):
+                        raise RuntimeError("the secret of the model")
+                    yield {"n": number, "one_task": asyncio.current_task() is task}
+                    until = request.get("until")
+                    while until is not None and not Path(until).exists():  # noqa: ASYNC240
+                        await asyncio.sleep(0.01)
+                        yield {"tick": True}
+        finally:
+            await asyncio.sleep(0)
+            self.note(f"closed on {threading.current_thread().name}")
+
+
 class Faulty:
     """Fails in every way that a model can."""
 
@@ -132,6 +190,10 @@ class Faulty:
             return {"a": object()}
         if kind == "nan":
             return {"a": float("nan")}
+        if kind == "set":
+            return {"a": {1}}
+        if kind == "surrogate":
+            return "\ud800"
         if kind == "sticky":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if kind == "memory":

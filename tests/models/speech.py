@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
 from workers.contract import Audio, InvalidRequest, SpeechRequest
+
+
+class AsyncHum:
+    sample_rate = 24000
+    voices = ["low"]  # noqa: RUF012
+
+    async def setup(self, device: str) -> None:
+        pass
+
+    async def speak(self, request: SpeechRequest) -> AsyncIterator[Audio]:
+        for _ in request.input:
+            request.work.check()
+            await asyncio.sleep(0)
+            yield np.full(2400, 0.1, np.float32)
 
 
 class Hum:

@@ -1,8 +1,8 @@
 """ONNX Runtime with a provider chain of our own: TensorRT, then CUDA, then the CPU.
 
 ONNX Runtime falls back to the CPU without a word, and ``get_providers()`` lists what is registered,
-not where nodes run. So every provider is tried on its own with explicit options, and what it took
-is read back node by node.
+not where nodes run. So every attempt registers one provider and those below it, with explicit
+options, and what each took is read back node by node (``placement.py``).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
+from workers.engines.placement import Node, counts, excess_on_cpu, refusal
+
 log = logging.getLogger(__name__)
 
 PROVIDERS = {
@@ -35,6 +37,9 @@ PROVIDERS = {
 }
 REQUIREMENTS = ("any", "gpu", *PROVIDERS)
 """``gpu`` is TensorRT or CUDA."""
+
+_MAX_REPORTED = 20
+"""Nodes on the CPU that a health report names."""
 
 
 class ProviderError(RuntimeError):
@@ -57,7 +62,11 @@ class Options:
     device: str = "cpu"
     """``cpu`` or ``cuda:N``."""
     require: str | None = None
-    """One of REQUIREMENTS. None stands for ``gpu`` on a GPU and ``cpu`` on a CPU."""
+    """One of REQUIREMENTS. None stands for ``gpu`` on a GPU and ``cpu`` on a CPU.
+
+    Where a GPU is required, the CPU may run a few small nodes at most (``placement.SMALL_OPS``,
+    ``MAX_CPU_SHARE``); with ``any`` more of them are a warning.
+    """
     threads: int = 1
     cache_dir: Path | None = None
     """Where TensorRT keeps engines and timings; None keeps none."""
@@ -93,8 +102,10 @@ class OnnxEngine:
         self.provider = ""
         self.assignment: dict[str, int] = {}
         """How many nodes each provider runs, read back from the session; empty where this
-        version of ONNX Runtime does not tell."""
-        for name in _chain(options):
+        version of ONNX Runtime does not report it."""
+        self.on_cpu: list[str] = []
+        """Nodes that the CPU runs of a graph that a GPU runs."""
+        for name in _attempts(options):
             found = self._attempt(path, name)
             if found is not None:
                 self._session = found
@@ -139,16 +150,38 @@ class OnnxEngine:
     def health(self) -> dict[str, Any]:
         """What is really in use, ready for JSON."""
         found: dict[str, Any] = {"provider": self.provider, "nodes": self.assignment}
+        if self.on_cpu:
+            found["on_cpu"] = self.on_cpu[:_MAX_REPORTED]
         if self.refusals:
             found["fallback"] = self.refusals
         return found
 
     def _attempt(self, path: Path, name: str) -> Any | None:
+        """A session on ``name`` and what is below it; None, with a refusal, when that fails."""
+        session = self._session_on(path, name)
+        if session is None:
+            return None
+        nodes = _nodes(session)
+        reason = _unmet(name, nodes, self.options)
+        if reason is not None:
+            self.refusals.append(f"{name}: {reason}")
+            return None
+        self.assignment = counts(nodes)
+        if name != "cpu":
+            self.on_cpu = [str(node) for node in nodes if node.provider == "cpu"]
+            if excess := excess_on_cpu(nodes):
+                log.warning("%s on %s: %s", path.name, name, excess)
+        return session
+
+    def _session_on(self, path: Path, name: str) -> Any | None:
         provider = PROVIDERS[name]
-        if provider not in onnxruntime.get_available_providers():
+        available = onnxruntime.get_available_providers()
+        if provider not in available:
             self.refusals.append(f"{name}: this build of onnxruntime has no {provider}")
             return None
-        _load_libraries(name)
+        chain = [below for below in _downwards(name) if PROVIDERS[below] in available]
+        for below in chain:
+            _load_libraries(below)
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = self.options.threads
         settings.inter_op_num_threads = 1
@@ -158,7 +191,10 @@ class OnnxEngine:
                 session = onnxruntime.InferenceSession(
                     str(path),
                     settings,
-                    providers=[(provider, _provider_options(name, self.options))],
+                    providers=[
+                        (PROVIDERS[below], _provider_options(below, self.options))
+                        for below in chain
+                    ],
                     enable_fallback=0,
                 )
         except Exception as error:  # whatever a provider's library raises means: next one
@@ -168,10 +204,6 @@ class OnnxEngine:
         # A provider that failed to load is missing here, without an error.
         if provider not in session.get_providers():
             self.refusals.append(f"{name}: its library did not load (see the log above)")
-            return None
-        self.assignment = _assignment(session)
-        if self.assignment and not self.assignment.get(name):
-            self.refusals.append(f"{name}: it took none of the nodes ({self.assignment})")
             return None
         return session
 
@@ -189,7 +221,7 @@ def _load_libraries(name: str) -> None:
 
 
 def _remedy(options: Options) -> str:
-    if "cpu" in _chain(options):
+    if "cpu" in _attempts(options):
         return "A CPU takes any graph: is the file whole?"
     return (
         "Install onnxruntime-gpu with its CUDA libraries, "
@@ -197,7 +229,26 @@ def _remedy(options: Options) -> str:
     )
 
 
-def _chain(options: Options) -> Sequence[str]:
+def _downwards(name: str) -> Sequence[str]:
+    """The provider and all below it: what it does not take, the next one is offered."""
+    names = list(PROVIDERS)
+    return names[names.index(name) :]
+
+
+def _unmet(name: str, nodes: Sequence[Node], options: Options) -> str | None:
+    """Why a session on ``name`` that placed its nodes so is not what ``options`` ask for."""
+    gpu_required = options.requirement not in ("any", "cpu")
+    if not nodes:
+        if not gpu_required:
+            return None
+        return (
+            f"onnxruntime {onnxruntime.__version__} does not report where nodes run, so a "
+            "required GPU cannot be verified; install a newer one"
+        )
+    return refusal(name, nodes) or (excess_on_cpu(nodes) if gpu_required else None)
+
+
+def _attempts(options: Options) -> Sequence[str]:
     """Which providers are tried, in order."""
     required = options.requirement
     if required in PROVIDERS:
@@ -247,13 +298,14 @@ def _locked(folder: Path | None) -> Iterator[None]:
         yield
 
 
-def _assignment(session: Any) -> dict[str, int]:
+def _nodes(session: Any) -> list[Node]:
+    """Where every node runs; empty where this version of ONNX Runtime does not report it."""
     read = getattr(session, "get_provider_graph_assignment_info", None)
     if read is None:
-        return {}
+        return []
     short = {provider: name for name, provider in PROVIDERS.items()}
-    counts: dict[str, int] = {}
-    for part in read():
-        name = short.get(part.ep_name, part.ep_name)
-        counts[name] = counts.get(name, 0) + len(part.get_nodes())
-    return counts
+    return [
+        Node(short.get(part.ep_name, part.ep_name), node.op_type, node.name)
+        for part in read()
+        for node in part.get_nodes()
+    ]

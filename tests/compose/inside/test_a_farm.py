@@ -18,7 +18,10 @@ from tests.waiting import until
 
 FARM = the_farm()
 SPEECH = "/v1/audio/speech"
-SHORT = json.dumps({"input": "Good morning.", "response_format": "wav", "seed": 1}).encode()
+# Not streamed: an answer that has begun when its worker is killed cannot be sent to another one.
+SHORT = json.dumps(
+    {"input": "Good morning.", "response_format": "wav", "seed": 1, "stream": False}
+).encode()
 LONG = {
     "input": "The farmer walked along the field and counted every tree that the storm had left. "
     * 4,

@@ -1,0 +1,89 @@
+"""``async def`` in a model: run to its end on the device thread, on an event loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from typing import Any
+
+
+class DeviceLoop:
+    """The event loop of the device thread, made when it is first needed.
+
+    It is one loop for the life of the worker, so that a client which ``setup`` opened can be used
+    by ``predict``. It runs only while a call does: one request at a time, as for any model.
+    All methods belong to the device thread.
+    """
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def resolved(self, value: Any) -> Any:
+        """The value itself; of a coroutine what it returns; of an async generator an Iterator.
+        Raises what the coroutine raises."""
+        while inspect.isawaitable(value):
+            value = self._run(value)
+        return self._iterated(value) if isinstance(value, AsyncIterator) else value
+
+    def _run(self, awaitable: Awaitable[Any]) -> Any:
+        return self._own().run_until_complete(_awaited(awaitable))
+
+    def _iterated(self, source: AsyncIterator[Any]) -> Iterator[Any]:
+        """Items one at a time, each made when it is asked for. Closing this ends ``source``.
+
+        One task drives the source from its first item to its last, since timeouts and cancel scopes
+        that are open across a ``yield`` belong to the task that entered them.
+        """
+        loop = self._own()
+        handed: asyncio.Future[Any] = loop.create_future()
+        wanted: asyncio.Future[None] = loop.create_future()
+
+        async def drive() -> None:
+            nonlocal wanted
+            async with _closing(source):
+                async for item in source:
+                    wanted = loop.create_future()
+                    handed.set_result(item)
+                    await wanted
+
+        task = loop.create_task(drive())
+        try:
+            while True:
+                loop.run_until_complete(
+                    asyncio.wait({task, handed}, return_when=asyncio.FIRST_COMPLETED)
+                )
+                if not handed.done():
+                    task.result()
+                    return
+                item, handed = handed.result(), loop.create_future()
+                yield item
+                wanted.set_result(None)
+        finally:
+            handed.cancel()
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    loop.run_until_complete(task)
+
+    def _own(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            weakref.finalize(self, self._loop.close)
+        return self._loop
+
+
+async def _awaited(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+@contextlib.asynccontextmanager
+async def _closing(source: AsyncIterator[Any]) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        close = getattr(source, "aclose", None)
+        if close is not None:
+            await close()

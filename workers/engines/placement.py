@@ -1,0 +1,92 @@
+"""Which provider runs which node of a graph, and whether that is what was asked for. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SMALL_OPS = frozenset(
+    {
+        # shapes, and how tensors are indexed by them
+        *("Shape", "Size", "Constant", "ConstantOfShape", "Identity", "Range", "NonZero"),
+        *("Gather", "Slice", "Concat", "Split", "Squeeze", "Unsqueeze", "Reshape", "Expand"),
+        *("Cast", "Tile", "ScatterND"),
+        # arithmetic on sizes and flags
+        *("Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Floor", "Ceil", "Min", "Max"),
+        *("ReduceProd", "ReduceMin", "ReduceMax", "Equal", "Less", "LessOrEqual", "Greater"),
+        *("GreaterOrEqual", "Not", "And", "Or", "Where"),
+    }
+)
+"""Operators that a CPU may run beside a GPU.
+
+CUDA's provider leaves the arithmetic of shapes to the CPU on purpose, since a copy to the GPU and
+back costs more than it. The record has no tensor sizes, so the share below bounds these as well.
+"""
+
+MAX_CPU_SHARE = 0.25
+"""Of all nodes, what the CPU may run where a GPU is required; every one of them a small one."""
+
+MIN_OWN_SHARE = 0.5
+"""Of the nodes on GPU providers, what the one that was asked for has to run. A TensorRT that leaves
+more to CUDA is slower than CUDA alone: each border between the two ends an engine."""
+
+_MAX_NAMED = 8
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the graph before providers fused it with others."""
+
+    provider: str
+    """``tensorrt``, ``cuda``, ``cpu``, or ONNX Runtime's own name of another one."""
+    op: str
+    name: str = ""
+
+    @property
+    def is_small(self) -> bool:
+        return self.op in SMALL_OPS
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.name}".strip()
+
+
+def counts(nodes: Sequence[Node]) -> dict[str, int]:
+    """How many nodes each provider runs."""
+    return dict(Counter(node.provider for node in nodes))
+
+
+def refusal(asked: str, nodes: Sequence[Node]) -> str | None:
+    """Why ``asked`` is a provider in name only; None when it runs enough of the graph."""
+    own = sum(node.provider == asked for node in nodes)
+    if not own:
+        return f"it took none of the nodes ({_told(nodes)})"
+    others = sum(node.provider not in (asked, "cpu") for node in nodes)
+    if asked != "cpu" and own < MIN_OWN_SHARE * (own + others):
+        return f"it took {own} of the {own + others} nodes that a GPU runs ({_told(nodes)})"
+    return None
+
+
+def excess_on_cpu(nodes: Sequence[Node]) -> str | None:
+    """What the CPU runs of a graph that a GPU should run, beyond MAX_CPU_SHARE of small nodes;
+    None when it is within that tolerance."""
+    on_cpu = [node for node in nodes if node.provider == "cpu"]
+    large = [node for node in on_cpu if not node.is_small]
+    if large:
+        return f"the CPU runs {len(large)} of {len(nodes)} nodes that need a GPU: {_named(large)}"
+    if len(on_cpu) > MAX_CPU_SHARE * len(nodes):
+        return (
+            f"the CPU runs {len(on_cpu)} of {len(nodes)} nodes, more than the {MAX_CPU_SHARE:.0%} "
+            f"allowed for small ones: {_named(on_cpu)}"
+        )
+    return None
+
+
+def _told(nodes: Sequence[Node]) -> str:
+    return ", ".join(f"{provider}: {count}" for provider, count in counts(nodes).items())
+
+
+def _named(nodes: Sequence[Node]) -> str:
+    rest = len(nodes) - _MAX_NAMED
+    named = ", ".join(map(str, nodes[:_MAX_NAMED]))
+    return f"{named} and {rest} more" if rest > 0 else named

@@ -1,0 +1,57 @@
+"""Whether a model's methods can be called as a worker calls them, found out before they are."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from workers.errors import LoadError
+
+CALLS = {
+    "setup": ("device",),
+    "predict": ("request",),
+    "speak": ("request",),
+    "warm_up": (),
+    "health": (),
+    "longest_request": (),
+}
+"""Every method that a worker calls → the positional arguments it gets."""
+
+
+def check_calls(
+    model: Any, target: str, calls: dict[str, tuple[str, ...]] = CALLS, keyword: str = ""
+) -> None:
+    """Raises LoadError for the first of ``calls`` that ``model`` has and that cannot be called so.
+
+    ``keyword``: a parameter that is filled by name in a method that has it.
+    """
+    for name, arguments in calls.items():
+        method = getattr(model, name, None)
+        if method is None:
+            continue
+        as_called = f"{name}({', '.join(arguments)})"
+        if not callable(method):
+            raise LoadError(
+                f"{target}.{name} is not a method but {type(method).__name__}: define {as_called}"
+            )
+        try:
+            signature = inspect.signature(method)
+        except (TypeError, ValueError):  # a builtin, which keeps its signature to itself
+            continue
+        shown = _without_annotations(signature)
+        try:
+            named = {keyword: None} if keyword in signature.parameters else {}
+            signature.bind(*arguments, **named)
+        except TypeError as error:
+            raise LoadError(
+                f"{target}.{name}{shown} cannot be called as {as_called}, which is how a worker "
+                f"calls it: {error}; change its parameters"
+            ) from None
+
+
+def _without_annotations(signature: inspect.Signature) -> inspect.Signature:
+    nothing = inspect.Parameter.empty
+    return signature.replace(
+        parameters=[part.replace(annotation=nothing) for part in signature.parameters.values()],
+        return_annotation=nothing,
+    )
