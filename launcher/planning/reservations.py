@@ -4,7 +4,8 @@ Two farms that start on one GPU at once would both plan with the same free bytes
 others' reservations, plans and writes its own under one lock. The directory is shared by all users
 of the machine: its sticky bit keeps the files of one from another, links are never followed, and a
 file counts only where its owner is the user in its name. A user may reserve as much as they like,
-as they may take the memory itself. Where no directory works, farms plan without it. Other containers that share a GPU but not the directory are not seen.
+as they may take the memory itself. Where no directory works, farms plan without it. Farms in other
+containers that share a GPU but not the directory are not seen.
 """
 
 from __future__ import annotations
