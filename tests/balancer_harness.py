@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,8 @@ def front(prefix: Path, slots: int = 4, **changes: Any) -> Front:
         "host": "127.0.0.1",
         "port": free_port(),
         "upstreams": tuple(Upstream(name, port) for name, port in ports.items()),
-        "admin_port": free_port(),
+        # Short: a socket's path may not exceed some 104 bytes.
+        "admin_socket": Path(tempfile.gettempdir()) / f"gpufarm-test-{uuid.uuid4().hex[:12]}.sock",
         "prefix": prefix,
         "version": nginx.version(nginx.find()),
         "request_timeout": 10.0,

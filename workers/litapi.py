@@ -14,7 +14,6 @@ from typing import Any
 from workers.answers import JSON, Answer, Text, encoded, model_json
 from workers.async_calls import DeviceLoop
 from workers.errors import ApiError, LoadError
-from workers.lit_requests import converter
 from workers.logs import log
 from workers.signatures import check_calls
 
@@ -45,6 +44,8 @@ class LitModel:
         _check(api, name)
         self._api = api
         self._loop = loop
+        from workers.lit_requests import converter  # noqa: PLC0415 - pydantic, for a LitAPI alone
+
         self._convert = converter(api.decode_request, name)
         self._wants_context = {
             hook: "context" in inspect.signature(getattr(api, hook)).parameters
