@@ -278,19 +278,6 @@ def test_the_access_log_is_json_with_the_workers_times(shared: Front) -> None:
     assert float(entry["upstream_seconds"].split(", ")[-1]) >= 0.05
 
 
-def test_logs_that_were_moved_aside_are_opened_again(alone: Front) -> None:
-    alone.start()
-    log = alone.config.prefix / "logs/nginx-access.log"
-    httpx.get(f"{alone.url}/one")
-    until(lambda: "/one" in log.read_text(), "it is logged")
-    log.rename(log.with_name("moved"))
-    assert processes.reopen_logs(alone.config.prefix)
-    until(log.exists, "a new log")
-    httpx.get(f"{alone.url}/two")
-    until(lambda: "/two" in log.read_text(), "it is logged there")
-    assert "/two" not in log.with_name("moved").read_text()
-
-
 @pytest.mark.parametrize("who", ["master", "process"])
 def test_service_is_back_after_a_kill(alone: Front, who: str) -> None:
     alone.start_worker("w1")

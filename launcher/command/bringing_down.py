@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launcher.command.client import NotRunningError
 from launcher.configuration.state import StateDir
+from launcher.planning import reservations
 from launcher.processes import farm as farms
 from launcher.processes import orphans, ports, supervisor
 from launcher.processes.farm import Farm
@@ -91,3 +92,4 @@ def remove_traces(state: StateDir) -> None:
     for folder in (Path("run"), Path("nginx-tmp"), state.generations, state.specs, state.slots):
         shutil.rmtree(state.path / folder, ignore_errors=True)
     ports.release(state.path)
+    reservations.release(state.path)

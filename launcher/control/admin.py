@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import socket
 import time
@@ -26,6 +27,8 @@ from launcher.control.metrics import farm_metrics, join
 from launcher.control.observe import device_memory
 from launcher.control.probe import NoAnswerError, get
 from launcher.control.view import view
+
+log = logging.getLogger("controller")
 
 WORKER_SECONDS = 1.0
 """How long a worker may take to report its health; a busy external server may not answer at all."""
@@ -56,6 +59,8 @@ class Admin:
         )
         """When it was measured, of which processes, and the bytes."""
         self._measuring = asyncio.Lock()
+        self._unreadable: set[str] = set()
+        """Workers whose metrics page was not one; each is reported once."""
 
     def app(self) -> Starlette:
         routes = [
@@ -175,12 +180,17 @@ class Admin:
         del request
         texts = await self._ask_all("/metrics")
         own = farm_metrics(
-            view(self._controller), self._controller.memory.replaced, await self._measured()
+            view(self._controller),
+            self._controller.memory.replaced,
+            await self._measured(),
+            self._controller.farm.settings.model.name,
         )
-        return PlainTextResponse(
-            join({id_: body.decode(errors="replace") for id_, body in texts.items()}) + own,
-            media_type="text/plain; version=0.0.4",
-        )
+        pages = {id_: body.decode(errors="replace") for id_, body in texts.items()}
+        page, unreadable = join(pages, own)
+        for id_ in sorted(set(unreadable) - self._unreadable):
+            log.warning("%s: its /metrics is not in Prometheus's text format; it is left out", id_)
+        self._unreadable |= set(unreadable)
+        return PlainTextResponse(page, media_type="text/plain; version=0.0.4")
 
     async def _reports(self) -> dict[str, dict[str, Any]]:
         """What every ready worker of ours says of itself."""

@@ -15,13 +15,16 @@ from dataclasses import replace
 
 from launcher.configuration.sources import ConfigError
 from launcher.configuration.state import StateError
-from launcher.control import rollout
+from launcher.control import logs, rollout
 from launcher.control.desired import Action, Desired, Goal, Memory, Observation, Target
 from launcher.control.observe import Observer, Start, refusal_for
 from launcher.control.reconcile import decide, settled
 from launcher.control.store import Store
+from launcher.planning import reservations
+from launcher.planning.held import of_starts
 from launcher.processes import farm as farms
 from launcher.processes.farm import Farm, Generation
+from launcher.processes.log_files import reopen_missing_logs
 from launcher.processes.rotate import rotate_balancer_logs
 from launcher.processes.supervisor import GRACE_AFTER_REQUEST, Supervisor, SupervisorError
 
@@ -66,6 +69,7 @@ class Controller:
         self._lock = asyncio.Lock()
         """Held around supervisord's connection and around every change of the desired state."""
         self._stored: tuple[Desired, Memory] | None = None
+        self._reserved: dict[str, int] | None = None
 
     @property
     def current(self) -> Goal:
@@ -109,11 +113,18 @@ class Controller:
             await self._guarded(self.step)
             if time.monotonic() - rotated > ROTATE_INTERVAL:
                 rotated = time.monotonic()
-                await self._guarded(lambda: asyncio.to_thread(rotate_balancer_logs, self.farm))
+                await self._guarded(lambda: asyncio.to_thread(self._keep_logs))
             busy = not self.settled or time.monotonic() < self._busy_until
             with suppress(TimeoutError):
                 async with asyncio.timeout(BUSY_INTERVAL if busy else CALM_INTERVAL):
                     await self._wake.wait()
+
+    def _keep_logs(self) -> None:
+        """Rotate nginx's logs, and have those opened again that were deleted."""
+        rotate_balancer_logs(self.farm)
+        running = [id_ for id_, record in self.memory.records.items() if record.pid]
+        names = ["supervisord", "controller", *running]
+        reopen_missing_logs(self.farm.state.logs, names, os.getppid())
 
     async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
         """Nothing that goes wrong in one round may end the controller."""
@@ -162,8 +173,24 @@ class Controller:
             for action in decision.actions:
                 await asyncio.to_thread(self._act, action)
             self._watch()
+            await self._reserve()
             if unwritten is not None:
                 raise unwritten
+
+    async def _reserve(self) -> None:
+        """Let other farms know what workers that are still to load will take of the devices."""
+        goal = self.candidate or self.current
+        generation = self.farm.generations[-1]
+        coming = [
+            goal.target(id_).device
+            for id_ in goal.wanted
+            if (record := self.memory.of(id_)).state in ("starting", "stopped")
+            and not record.gave_up
+        ]
+        need = of_starts(generation.plan, coming)
+        if need != self._reserved:
+            await asyncio.to_thread(reservations.reserve, self.farm.state.path, need)
+            self._reserved = need
 
     async def _look(self, current: Goal, candidate: Goal | None) -> None:
         starts = {
@@ -254,6 +281,7 @@ class Controller:
         elif farm.current.number != self.farm.current.number:
             log.info("generation %d is current", farm.current.number)
         self.farm = self._observer.farm = farm
+        logs.set_up(farm.settings.logs.format)
         try:
             await asyncio.to_thread(farms.save, farm)
         except (StateError, ConfigError) as error:  # a controller after this one decides it again

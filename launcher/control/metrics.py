@@ -1,4 +1,4 @@
-"""The whole farm's metrics: every worker's, joined, and what only the controller knows."""
+"""The whole farm's metrics page: every worker's families, joined, and the controller's own."""
 
 from __future__ import annotations
 
@@ -7,91 +7,123 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-_SAMPLE = re.compile(r"^([A-Za-z_:][A-Za-z0-9_:]*)(\{(.*)\})?(\s.*)$")
+from prometheus_client import generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+
 _STATES = ("starting", "ready", "draining", "stopped", "failed")
+_METRIC_NAME = re.compile(r"[A-Za-z_:][A-Za-z0-9_:]*")
+_LABEL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-def join(expositions: Mapping[str, str]) -> str:
-    """Prometheus texts of several workers as one, each family once, each sample with the label
-    ``worker`` of where it came from."""
-    heads: dict[str, list[str]] = {}
-    samples: dict[str, list[str]] = {}
+class _Page(Collector):
+    """Families by the name they are exposed under: each comes once, and each series in it once."""
+
+    def __init__(self) -> None:
+        self._families: dict[str, Metric] = {}
+        self._series: set[tuple[str, frozenset[tuple[str, str]]]] = set()
+
+    def add(self, family: Metric, worker: str | None = None) -> None:
+        """Add samples, with the label ``worker``. The first type and help of a family hold."""
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        for sample in family.samples:
+            labelled = sample if worker is None else _labelled(sample, worker)
+            series = labelled.name, frozenset(labelled.labels.items())
+            if series in self._series:
+                continue
+            self._series.add(series)
+            if name not in self._families:
+                self._families[name] = Metric(family.name, family.documentation, family.type)
+            self._families[name].samples.append(labelled)
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families.values()
+
+
+def join(expositions: Mapping[str, str], own: Iterable[Metric] = ()) -> tuple[str, list[str]]:
+    """One page in Prometheus's text format, and the workers whose page is left out.
+
+    Args:
+        expositions: a page by the id of the worker that it is from. Each of its series gets the
+            label ``worker``; one that has it already with another value keeps that as
+            ``exported_worker``. A page that is not in the text format is left out whole. A counter
+            gets the suffix ``_total`` where its server does not write it.
+        own: further families; their type and help hold where a worker exposes the same one.
+    """
+    page, unreadable = _Page(), []
+    for family in own:
+        page.add(family)
     for worker, text in expositions.items():
-        family = ""
-        for line in text.splitlines():
-            if line.startswith(("# HELP ", "# TYPE ")):
-                family = line.split(" ", 3)[2]
-                head = heads.setdefault(family, [])
-                kind = line[:7]
-                if not any(old.startswith(kind) for old in head):
-                    head.append(line)
-            elif match := _SAMPLE.match(line):
-                name = match[1]
-                if not family or not name.startswith(family.removesuffix("_total")):
-                    family = name
-                samples.setdefault(family, []).append(_labelled(match, worker))
-    parts = []
-    for family in {**heads, **samples}:
-        parts += [*heads.get(family, []), *samples.get(family, [])]
-    return "".join(f"{part}\n" for part in parts)
+        try:
+            families = _parsed(text)
+        except ValueError:
+            unreadable.append(worker)
+            continue
+        for family in families:
+            page.add(family, worker)
+    return generate_latest(page).decode(), unreadable
 
 
-def _labelled(match: re.Match[str], worker: str) -> str:
-    name, _, labels, rest = match.groups()
-    labels = labels or ""
-    if re.search(r'(^|,)\s*worker="', labels):
-        return f"{name}{{{labels}}}{rest}"
-    own = f'worker="{worker}"'
-    return f"{name}{{{labels.rstrip(',') + ',' if labels else ''}{own}}}{rest}"
+def _parsed(text: str) -> list[Metric]:
+    """The families of a page. Raises ValueError where it is not in the text format."""
+    try:
+        families = list(text_string_to_metric_families(text))
+    except (ValueError, LookupError, TypeError) as error:  # the parser's, on what is not for it
+        raise ValueError(f"not in Prometheus's text format: {error}") from error
+    # The parser also takes names of the format's newer version; the page is written in the first.
+    for family in families:
+        for name in (family.name, *(sample.name for sample in family.samples)):
+            if not _METRIC_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not a metric's name")
+        for label in {label for sample in family.samples for label in sample.labels}:
+            if not _LABEL_NAME.fullmatch(label):
+                raise ValueError(f"{label!r} is not a label's name")
+    return families
+
+
+def _labelled(sample: Sample, worker: str) -> Sample:
+    labels = dict(sample.labels)
+    other = labels.get("worker", worker)
+    if other != worker:
+        labels["exported_worker"] = other
+    return sample._replace(labels=labels | {"worker": worker})
 
 
 def farm_metrics(
-    view: Mapping[str, Any], replaced: Mapping[str, int], memory: Mapping[str, int]
-) -> str:
-    """The families that the controller measures itself."""
+    view: Mapping[str, Any], replaced: Mapping[str, int], memory: Mapping[str, int], model: str
+) -> list[Metric]:
+    """The families that the controller measures itself; ``model`` is the served model's name."""
+    workers = GaugeMetricFamily("gpufarm_workers", "Workers by state.", labels=["state"])
     states = Counter(worker["state"] for worker in view["workers"])
-    blocks = [
-        _family(
-            "gpufarm_workers",
-            "gauge",
-            "Workers by state.",
-            [(f'state="{state}"', states[state]) for state in _STATES],
-        ),
-        _family(
-            "gpufarm_workers_desired",
-            "gauge",
-            "Workers that are wanted.",
-            [("", view["count"])],
-        ),
-        _family(
-            "gpufarm_worker_restarts_total",
-            "counter",
-            "Workers that were started again, by reason.",
-            [(f'reason="{reason}"', replaced.get(reason, 0)) for reason in ("crash", "restart")],
-        ),
-        _family(
-            "gpufarm_worker_startup_seconds",
-            "gauge",
-            "From the last start of a worker until it was ready.",
-            [
-                (f'worker="{worker["id"]}",phase="total"', worker["ready_seconds"])
-                for worker in view["workers"]
-                if worker["ready_seconds"] is not None
-            ],
-        ),
-        _family(
-            "gpufarm_worker_memory_bytes",
-            "gauge",
-            "Memory of a worker on its device (RAM on the CPU).",
-            [(f'worker="{id_}"', size) for id_, size in memory.items()],
-        ),
-    ]
-    return "".join(blocks)
+    for state in _STATES:
+        workers.add_metric([state], states[state])
 
+    desired = GaugeMetricFamily(
+        "gpufarm_workers_desired", "Workers that should run.", value=view["count"]
+    )
 
-def _family(name: str, kind: str, meaning: str, samples: Iterable[tuple[str, Any]]) -> str:
-    lines = [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
-    lines += [
-        f"{name}{{{labels}}} {value}" if labels else f"{name} {value}" for labels, value in samples
-    ]
-    return "".join(f"{line}\n" for line in lines)
+    restarts = CounterMetricFamily(
+        "gpufarm_worker_restarts", "Workers that were started again, by reason.", labels=["reason"]
+    )
+    for reason in ("crash", "restart"):
+        restarts.add_metric([reason], replaced.get(reason, 0))
+
+    startup = GaugeMetricFamily(
+        "gpufarm_worker_startup_seconds",
+        "Seconds of a worker's last start: load and warm_up of its model, and total until ready.",
+        labels=["worker", "model", "phase"],
+    )
+    for worker in view["workers"]:
+        if worker["ready_seconds"] is not None:
+            startup.add_metric([worker["id"], model, "total"], worker["ready_seconds"])
+
+    held = GaugeMetricFamily(
+        "gpufarm_worker_memory_bytes",
+        "Memory of a worker on its device (RAM on the CPU).",
+        labels=["worker"],
+    )
+    for id_, size in memory.items():
+        held.add_metric([id_], size)
+    return [workers, desired, restarts, startup, held]

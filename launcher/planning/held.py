@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,3 +62,18 @@ def about_to_use(plan: Plan, held: Held | None = None) -> dict[str, int]:
     if any(row.device.is_gpu for row in plan.devices):
         need[CPU] = max(0, need[CPU] - held.host_ram)
     return {device: size for device, size in need.items() if size > 0}
+
+
+def of_starts(plan: Plan, devices: Sequence[str]) -> dict[str, int]:
+    """Device id → bytes that workers on these devices, named once for each, are about to take.
+
+    "cpu" is the host's RAM.
+    """
+    footprint, need = plan.footprint, Counter[str]()
+    for device in devices:
+        need[device] += footprint.steady
+        if device != CPU:
+            need[CPU] += footprint.host_ram or 0
+    for device in set(devices):  # one start at a time
+        need[device] += footprint.peak - footprint.steady
+    return dict(need)

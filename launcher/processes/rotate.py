@@ -1,24 +1,34 @@
-"""nginx writes its logs itself and never rotates them: this does."""
+"""nginx writes its logs itself; it neither rotates them nor sees that one is missing: this does."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from balancer import processes
+from balancer import reload as nginx_reload
 from balancer.configuration import ACCESS_LOG, ERROR_LOG
+from launcher.configuration.config import LogsSettings
 from launcher.processes.farm import Farm
 
 
 def rotate_balancer_logs(farm: Farm) -> None:
-    """Move aside what has grown beyond ``logs.max_bytes`` and let nginx open new files."""
-    limits = farm.settings.logs
-    moved = [
-        shift(farm.state.path / name, limits.backups)
-        for name in (ACCESS_LOG, ERROR_LOG)
-        if limits.max_bytes and _size(farm.state.path / name) > limits.max_bytes
-    ]
-    if any(moved):
-        processes.reopen_logs(farm.state.path)
+    """Keep nginx's logs of a farm as ``keep_logs`` does."""
+    keep_logs(farm.state.path, farm.settings.logs)
+    nginx_reload.remove_abandoned_flag(farm.state.path)
+
+
+def keep_logs(prefix: Path, limits: LogsSettings) -> None:
+    """Move aside the logs that have grown beyond ``max_bytes``; let nginx open the missing ones.
+
+    A log that was deleted while nginx holds it still takes space on the disk, and cannot be read.
+    """
+    logs = [prefix / name for name in (ACCESS_LOG, ERROR_LOG)]
+    for log in logs:
+        log.parent.mkdir(mode=0o700, exist_ok=True)
+        if limits.max_bytes and _size(log) > limits.max_bytes:
+            shift(log, limits.backups)
+    if not all(log.exists() for log in logs):
+        processes.reopen_logs(prefix)
 
 
 def shift(log: Path, backups: int) -> bool:

@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from tests import promtool
 from tests.farm.harness import REPOSITORY, FarmUnderTest, new_farm, within
 from tests.waiting import until
 
@@ -144,6 +145,8 @@ def test_health_and_metrics_come_from_every_worker(farm: FarmUnderTest) -> None:
         assert f'worker="{worker}"' in metrics
     assert metrics.count("# TYPE gpufarm_requests_total counter") == 1
     assert metrics.count("# TYPE gpufarm_workers gauge") == 1
+    assert metrics.count("# TYPE gpufarm_worker_startup_seconds gauge") == 1
+    promtool.check(metrics)
 
 
 def test_without_the_controller_a_worker_tells_its_health(farm: FarmUnderTest) -> None:
