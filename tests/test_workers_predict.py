@@ -144,6 +144,25 @@ def test_probes_and_health(echo: WorkerProcess) -> None:
     assert echo.client.get("/longest_request").json()["json"] == {"longest": True}
 
 
+def test_the_public_sees_no_more_than_what_serves(echo: WorkerProcess) -> None:
+    """The balancer marks what it passes on."""
+    public = {"X-Farm-Request": "0123456789abcdef" * 2}
+    assert echo.client.get("/health", headers=public).json() == {
+        "status": "ready",
+        "model": "test",
+        "device": "cpu",
+        "engine": "echo",
+        "provider": None,
+        "running": 0,
+        "waiting": 0,
+    }
+    hidden = echo.client.get("/longest_request", headers=public)
+    unknown = echo.client.get("/longest_requesu", headers=public)
+    assert hidden.status_code == unknown.status_code == 404
+    assert hidden.text == unknown.text.replace("requesu", "request")
+    assert "longest" not in echo.client.get("/nothing").text
+
+
 def test_models(echo: WorkerProcess) -> None:
     body = echo.client.get("/v1/models").json()
     assert body["object"] == "list"

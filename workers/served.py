@@ -35,6 +35,8 @@ class Served:
         self.startup_seconds: dict[str, float] = {}
         self.report: dict[str, Any] = {}
         """What the model last said of itself."""
+        self.longest_request: dict[str, Any] | None = None
+        """What sizing sends to measure the footprint, if the model knows."""
         self._model = model
 
     def predict(self, payload: Any, events: bool) -> Any:
@@ -73,10 +75,14 @@ class Served:
         as_json(value)
         self.report = value
 
-    def longest_request(self) -> dict[str, Any] | None:
-        """What sizing sends to measure the footprint, if the model knows."""
-        longest = getattr(self._model, "longest_request", None)
-        return longest() if longest is not None else None
+    def read_longest_request(self) -> None:
+        """Ask the model once, at the start, what sizing is to send: nobody waits for it later."""
+        ask = getattr(self._model, "longest_request", None)
+        longest = ask() if ask is not None else None
+        if longest is not None and not isinstance(longest, dict):
+            raise TypeError(f"longest_request() gave a {type(longest).__name__}; a dict is needed")
+        as_json(longest)
+        self.longest_request = longest
 
 
 def load(spec: Spec, device: str, executor: Executor) -> Served:
@@ -103,6 +109,7 @@ def _prepare(cls: type[Any], spec: Spec, device: str) -> Served:
     if warm_up is not None:
         _step(spec, "warm_up()", warm_up)
     _step(spec, "health()", served.refresh)
+    _step(spec, "longest_request()", served.read_longest_request)
     served.startup_seconds = {"load": loaded - began, "warm_up": time.perf_counter() - loaded}
     return served
 
