@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -168,8 +169,14 @@ def test_models(echo: WorkerProcess) -> None:
     assert body["object"] == "list"
     assert [model["id"] for model in body["data"]] == ["test", "default"]
     assert set(body["data"][0]) == {"id", "object", "created", "owned_by"}
+    assert body["data"][0]["created"] == int(echo.spec_file.stat().st_mtime)
     assert echo.client.get("/v1/models/default").json()["id"] == "default"
     assert error_of(echo.client.get("/v1/models/none"))["code"] == "model_not_found"
+
+
+def test_the_spec_says_when_the_model_was_created(tmp_path: Path) -> None:
+    with WorkerProcess(tmp_path, "tests.models.plain:Echo", spec={"created": 1234567890}) as worker:
+        assert worker.client.get("/v1/models/test").json()["created"] == 1234567890
 
 
 def test_metrics(echo: WorkerProcess) -> None:

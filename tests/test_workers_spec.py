@@ -27,6 +27,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         "body_limit": 10,
         "input_limit": 20,
         "cache_dir": str(tmp_path / "cache"),
+        "created": 1_700_000_000,
     }
     file = tmp_path / "spec.json"
     file.write_text(json.dumps(document))
@@ -41,6 +42,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         body_limit=10,
         input_limit=20,
         cache_dir=tmp_path / "cache",
+        created=1_700_000_000,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ class Spec:
     body_limit: int = 64 * 1024 * 1024
     input_limit: int = 16384
     cache_dir: Path | None = None
+    created: int = 0
+    """Unix time that /v1/models tells, the same on every worker of a farm: the spec file's own
+    where the document has none."""
 
     @property
     def names(self) -> list[str]:
@@ -37,13 +40,23 @@ class Spec:
 
 
 _MODEL_KEYS = ("target", "args", "name", "aliases")
-_KEYS = ("model", "path", "line", "request_timeout", "body_limit", "input_limit", "cache_dir")
+_KEYS = (
+    "model",
+    "path",
+    "line",
+    "request_timeout",
+    "body_limit",
+    "input_limit",
+    "cache_dir",
+    "created",
+)
 
 
 def read_spec(file: Path) -> Spec:
     """Raises LoadError with one line that names the file, the key, the value and the remedy."""
     try:
         text = file.read_text(encoding="utf-8")
+        written = int(file.stat().st_mtime)
     except OSError as error:
         raise LoadError(
             f"spec {file}: {error.strerror}; give --spec a readable file",
@@ -52,11 +65,12 @@ def read_spec(file: Path) -> Spec:
     except UnicodeDecodeError:
         raise LoadError(f"spec {file}: not UTF-8 text; it has to be a JSON file") from None
     try:
-        return parse_spec(json.loads(text))
+        spec = parse_spec(json.loads(text))
     except (json.JSONDecodeError, RecursionError) as error:
         raise LoadError(f"spec {file}: not JSON ({error}); correct it there") from None
     except LoadError as error:
         raise LoadError(f"spec {file}: {error}") from None
+    return spec if spec.created else replace(spec, created=written)
 
 
 def parse_spec(document: Any) -> Spec:
@@ -79,6 +93,7 @@ def parse_spec(document: Any) -> Spec:
         body_limit=_whole(top.get("body_limit", Spec.body_limit), "body_limit", least=1),
         input_limit=_whole(top.get("input_limit", Spec.input_limit), "input_limit", least=1),
         cache_dir=None if cache is None else Path(_text(cache, "cache_dir")),
+        created=_whole(top.get("created", Spec.created), "created", least=0),
     )
 
 

@@ -96,7 +96,7 @@ class Status:
         return _json(longest)
 
     def _model(self, name: str) -> dict[str, Any]:
-        created = int(self._worker.started)
+        created = self._worker.spec.created
         return {"id": name, "object": "model", "created": created, "owned_by": "gpufarm"}
 
 
