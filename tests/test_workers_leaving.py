@@ -196,7 +196,7 @@ def test_a_request_that_another_worker_had_has_the_rest_of_its_time(tmp_path: Pa
         assert "ran gone" not in worker.noted()
 
 
-@pytest.mark.parametrize("offset", ["x", "nan", "inf", "-inf", 3600.0, -1e6, "0"])
+@pytest.mark.parametrize("offset", ["x", "nan", "inf", "-inf", 3600.0, -1e6, -1.7e9])
 def test_a_stamp_that_is_not_sane_is_not_heeded(tmp_path: Path, offset: str | float) -> None:
     with Slow(tmp_path) as worker:
         worker.gate.touch()

@@ -7,6 +7,7 @@ import json
 import re
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -219,13 +220,38 @@ def test_probes_and_health(echo: WorkerProcess) -> None:
     assert echo.client.get("/longest_request").json()["json"] == {"longest": True}
 
 
+def test_the_public_sees_no_more_than_what_serves(echo: WorkerProcess) -> None:
+    """The balancer marks what it passes on."""
+    public = {"X-Farm-Request": "0123456789abcdef" * 2}
+    assert echo.client.get("/health", headers=public).json() == {
+        "status": "ready",
+        "model": "test",
+        "device": "cpu",
+        "engine": "echo",
+        "provider": None,
+        "running": 0,
+        "waiting": 0,
+    }
+    hidden = echo.client.get("/longest_request", headers=public)
+    unknown = echo.client.get("/longest_requesu", headers=public)
+    assert hidden.status_code == unknown.status_code == 404
+    assert hidden.text == unknown.text.replace("requesu", "request")
+    assert "longest" not in echo.client.get("/nothing").text
+
+
 def test_models(echo: WorkerProcess) -> None:
     body = echo.client.get("/v1/models").json()
     assert body["object"] == "list"
     assert [model["id"] for model in body["data"]] == ["test", "default"]
     assert set(body["data"][0]) == {"id", "object", "created", "owned_by"}
+    assert body["data"][0]["created"] == int(echo.spec_file.stat().st_mtime)
     assert echo.client.get("/v1/models/default").json()["id"] == "default"
     assert error_of(echo.client.get("/v1/models/none"))["code"] == "model_not_found"
+
+
+def test_the_spec_says_when_the_model_was_created(tmp_path: Path) -> None:
+    with WorkerProcess(tmp_path, "tests.models.plain:Echo", spec={"created": 1234567890}) as worker:
+        assert worker.client.get("/v1/models/test").json()["created"] == 1234567890
 
 
 def test_metrics(echo: WorkerProcess) -> None:

@@ -34,6 +34,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         "input_limit": 20,
         "cache_dir": str(tmp_path / "cache"),
         "log_format": "json",
+        "created": 1_700_000_000,
     }
     file = tmp_path / "spec.json"
     file.write_text(json.dumps(document))
@@ -50,6 +51,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         input_limit=20,
         cache_dir=tmp_path / "cache",
         log_format="json",
+        created=1_700_000_000,
     )
 
 

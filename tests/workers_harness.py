@@ -54,6 +54,7 @@ class WorkerProcess:
         }
         file = folder / f"spec-{time.monotonic_ns()}.json"
         file.write_text(json.dumps(document))
+        self.spec_file = file
         command = [sys.executable, "-P", "-W", warnings, "-m", "workers"]
         command += ["--spec", str(file), "--id", "w1", "--port", str(port), "--device", "cpu"]
         self.lines: list[str] = []

@@ -8,6 +8,7 @@ runs on the event loop, except where a docstring says otherwise.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
@@ -51,10 +52,13 @@ class Line:
         """Set to take nothing and run nothing any more."""
         self.on_sticky: Callable[[], None] | None = None
         """Called on the event loop when the device is lost to this process."""
+        self.on_ended: Callable[[], None] | None = None
+        """Called on the event loop when a request has left the device."""
         self.served = 0
         self._executor = executor
         self._admitted = 0
         self._current: Job | None = None
+        self._aside_since: float | None = None
         self._mean: float | None = None
 
     @property
@@ -66,6 +70,12 @@ class Line:
         """How long the running job has had the device; 0 where none runs. Any thread."""
         job = self._current
         return job.service_seconds if job is not None else 0.0
+
+    @property
+    def aside_seconds(self) -> float:
+        """How long a call that is no request has had the device; 0 where none runs. Any thread."""
+        since = self._aside_since
+        return time.perf_counter() - since if since is not None else 0.0
 
     @property
     def waiting(self) -> int:
@@ -104,6 +114,18 @@ class Line:
         job._begin(self._executor)
         return job
 
+    def run_aside(self, call: Callable[[], None]) -> None:
+        """Have the device thread run ``call``, which is no request, after what waits now."""
+
+        def run() -> None:
+            self._aside_since = time.perf_counter()
+            try:
+                call()
+            finally:
+                self._aside_since = None
+
+        self._executor.submit(run)
+
     def lose(self) -> None:
         """The device is lost to this process: run nothing more, and say so."""
         self.closed = True
@@ -121,3 +143,5 @@ class Line:
             self.served += 1
             old = seconds if self._mean is None else self._mean
             self._mean = old + _WEIGHT * (seconds - old)
+        if self.on_ended is not None:
+            self.on_ended()

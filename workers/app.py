@@ -38,6 +38,7 @@ def build_app(worker: Worker) -> ASGIApp:
         )
         routes.append(Route("/v1/audio/voices", status.voices))
     known = [route.path for route in routes if "{" not in route.path]
+    known.remove("/longest_request")  # not for the public
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -21,6 +21,7 @@ from workers.admission import Line
 from workers.app import build_app
 from workers.board import Board
 from workers.errors import LoadError
+from workers.health import HealthReports
 from workers.logs import log
 from workers.metrics import Metrics
 from workers.served import load
@@ -72,6 +73,7 @@ def _load_and_listen(options: argparse.Namespace, spec: Spec, reserved: socket.s
     began = time.perf_counter()
     served = load(spec, options.device, device_thread)
     line = Line(device_thread, spec.line, Board(spec.cache_dir, options.id))
+    line.on_ended = HealthReports(line, served).request_ended
     metrics = Metrics(options.id, spec.name, line)
     for phase, seconds in served.startup_seconds.items():
         metrics.started(phase, seconds)

@@ -37,6 +37,8 @@ class Served:
         self.startup_seconds: dict[str, float] = {}
         self.report: dict[str, Any] = {}
         """What the model last said of itself."""
+        self.longest_request: dict[str, Any] | list[Any] | None = None
+        """What sizing sends to measure the footprint, if the model knows."""
         self._model = model
         self._loop = loop
 
@@ -76,10 +78,15 @@ class Served:
         as_json(value)
         self.report = value
 
-    def longest_request(self) -> dict[str, Any] | None:
-        """What sizing sends to measure the footprint, if the model knows."""
-        longest = getattr(self._model, "longest_request", None)
-        return self._loop.resolved(longest()) if longest is not None else None
+    def read_longest_request(self) -> None:
+        """Ask the model once, at the start, what sizing is to send: nobody waits for it later."""
+        ask = getattr(self._model, "longest_request", None)
+        longest = self._loop.resolved(ask()) if ask is not None else None
+        if longest is not None and not isinstance(longest, dict | list):
+            kind = type(longest).__name__
+            raise TypeError(f"longest_request() gave a {kind}; a dict or a list of them is needed")
+        as_json(longest)
+        self.longest_request = longest
 
 
 def load(spec: Spec, device: str, executor: Executor) -> Served:
@@ -110,6 +117,7 @@ def _prepare(cls: type[Any], spec: Spec, device: str) -> Served:
     if warm_up is not None:
         _step(spec, "warm_up()", lambda: loop.resolved(warm_up()))
     _step(spec, "health()", served.refresh)
+    _step(spec, "longest_request()", served.read_longest_request)
     served.startup_seconds = {"load": loaded - began, "warm_up": time.perf_counter() - loaded}
     return served
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ class Spec:
     cache_dir: Path | None = None
     log_format: str = "text"
     """"text" or "json" """
+    created: int = 0
+    """Unix time that /v1/models tells, the same on every worker of a farm: the spec file's own
+    where the document has none."""
 
     @property
     def names(self) -> list[str]:
@@ -44,7 +47,7 @@ class Spec:
 _MODEL_KEYS = ("target", "args", "name", "aliases", "voice_aliases")
 _KEYS = (
     *("model", "path", "line", "request_timeout", "body_limit", "input_limit", "cache_dir"),
-    "log_format",
+    *("log_format", "created"),
 )
 _LOG_FORMATS = ("text", "json")
 
@@ -53,6 +56,7 @@ def read_spec(file: Path) -> Spec:
     """Raises LoadError with one line that names the file, the key, the value and the remedy."""
     try:
         text = file.read_text(encoding="utf-8")
+        written = int(file.stat().st_mtime)
     except OSError as error:
         raise LoadError(
             f"spec {file}: {error.strerror}; give --spec a readable file",
@@ -61,11 +65,12 @@ def read_spec(file: Path) -> Spec:
     except UnicodeDecodeError:
         raise LoadError(f"spec {file}: not UTF-8 text; it has to be a JSON file") from None
     try:
-        return parse_spec(json.loads(text))
+        spec = parse_spec(json.loads(text))
     except (json.JSONDecodeError, RecursionError) as error:
         raise LoadError(f"spec {file}: not JSON ({error}); correct it there") from None
     except LoadError as error:
         raise LoadError(f"spec {file}: {error}") from None
+    return spec if spec.created else replace(spec, created=written)
 
 
 def parse_spec(document: Any) -> Spec:
@@ -90,6 +95,7 @@ def parse_spec(document: Any) -> Spec:
         input_limit=_whole(top.get("input_limit", Spec.input_limit), "input_limit", least=1),
         cache_dir=None if cache is None else Path(_text(cache, "cache_dir")),
         log_format=_log_format(top.get("log_format", Spec.log_format)),
+        created=_whole(top.get("created", Spec.created), "created", least=0),
     )
 
 

@@ -26,10 +26,13 @@ class Speech:
         body = await exchange.read_body(worker.spec.body_limit)
         worker.line.check()
         wanted = parse_speech(parse_json(body), worker.spec, worker.served.voices, work)
+        worker.pace.check(wanted.speech, exchange.limit)
         if wanted.progressive:
             await self._streamed(exchange, wanted)
         else:
             await self._whole(exchange, wanted)
+        if exchange.job is not None:
+            worker.pace.add(wanted.speech, exchange.job.busy_seconds)
 
     async def _whole(self, exchange: Exchange, wanted: Wanted) -> None:
         served = self._worker.served

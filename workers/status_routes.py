@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from workers.answers import as_json
-from workers.device_errors import is_sticky
 from workers.errors import ApiError, unknown
-from workers.logs import log
+from workers.exchange import Exchange
 from workers.memory import resident_bytes
 from workers.worker import Worker
-
-_PATIENCE = 0.5
-"""Seconds that /health waits for an idle model's own report before it gives the last one."""
 
 
 class Status:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._asking: asyncio.Future[None] | None = None
 
     async def live(self, request: Request) -> Response:
         return _json({"status": "live"})
@@ -37,13 +32,25 @@ class Status:
         return _json({"status": "ready"})
 
     async def health(self, request: Request) -> Response:
-        await self._refresh()
+        """The last report, whole to who asks this worker itself, and its outline to the public."""
+        return _json(self._outline() if _is_public(request) else self._report())
+
+    def _outline(self) -> dict[str, Any]:
+        """What says nothing of the machine."""
+        report = self._report()
+        keys = ["status", "model", "engine", "provider", "running", "waiting"]
+        if self._worker.served.speaks:
+            keys += ["sample_rate", "voices"]
+        kind = self._worker.served.device.partition(":")[0]
+        return {**{key: report[key] for key in keys}, "device": kind}
+
+    def _report(self) -> dict[str, Any]:
         worker = self._worker
         line = worker.line
-        mean = line.mean_service_seconds
         served = worker.served
+        mean = line.mean_service_seconds
         speech = {"sample_rate": served.sample_rate, "voices": served.voices}
-        report = {
+        return {
             "device": served.device,
             "dtype": None,
             "engine": None,
@@ -62,7 +69,6 @@ class Status:
             "uptime_seconds": round(time.time() - worker.started, 3),
             "resident_bytes": resident_bytes(),
         }
-        return _json(report)
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._worker.metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -81,36 +87,23 @@ class Status:
         return _json({"voices": self._worker.served.voices})
 
     async def longest_request(self, request: Request) -> Response:
-        """What sizing is to send; asked for before there is any traffic."""
-        loop = asyncio.get_running_loop()
-        longest = await loop.run_in_executor(
-            self._worker.device_thread, self._worker.served.longest_request
-        )
+        """What sizing is to send; asked for before there is any traffic, of the worker itself."""
+        if _is_public(request):
+            raise HTTPException(404)
+        longest = self._worker.served.longest_request
         if longest is None:
             raise ApiError(404, "The model gives no longest_request().", code="not_found")
         return _json(longest)
 
     def _model(self, name: str) -> dict[str, Any]:
-        created = int(self._worker.started)
+        created = self._worker.spec.created
         return {"id": name, "object": "model", "created": created, "owned_by": "gpufarm"}
 
-    async def _refresh(self) -> None:
-        """Ask the model again when its thread is free; a busy one is not waited for."""
-        if self._asking is None and self._worker.line.idle:
-            self._asking = asyncio.ensure_future(self._ask())
-        if self._asking is not None and self._worker.line.idle:
-            await asyncio.wait([self._asking], timeout=_PATIENCE)
 
-    async def _ask(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            await loop.run_in_executor(self._worker.device_thread, self._worker.served.refresh)
-        except Exception as error:
-            log.warning("the model's health() failed: %s: %s", type(error).__name__, error)
-            if is_sticky(error):
-                self._worker.line.lose()
-        finally:
-            self._asking = None
+def _is_public(request: Request) -> bool:
+    """Whether it came through the balancer, which marks what it passes on."""
+    exchange: Exchange = request.scope["exchange"]
+    return exchange.balanced
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

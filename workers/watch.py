@@ -24,18 +24,27 @@ def patience(request_timeout: float) -> float:
     return 2 * request_timeout + GRACE
 
 
+def report_patience(request_timeout: float) -> float:
+    """Seconds a call of health() may have the device: so few that a request which waits behind it
+    still has half of its time when this process has ended and another worker gets it."""
+    return max(GRACE, request_timeout / 2)
+
+
 def watch(line: Line, request_timeout: float) -> None:
     """End this process once a call has had the device for longer than the patience."""
-    limit = patience(request_timeout)
-    threading.Thread(target=_watch, args=(line, limit), name="watch", daemon=True).start()
+    limits = patience(request_timeout), report_patience(request_timeout)
+    threading.Thread(target=_watch, args=(line, *limits), name="watch", daemon=True).start()
 
 
-def _watch(line: Line, limit: float) -> None:
-    while (seconds := line.running_seconds) <= limit:
+def _watch(line: Line, limit: float, report_limit: float) -> None:
+    while True:
+        seconds, report_seconds = line.running_seconds, line.aside_seconds
+        if seconds > limit or report_seconds > report_limit:
+            break
         time.sleep(min(5.0, limit / _CHECKS))
     log.critical(
         "a call of the model has not come back for %.0f s; ending with %d, it was in: %s",
-        seconds,
+        max(seconds, report_seconds),
         EXIT_STUCK,
         _where(),
     )

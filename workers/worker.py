@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from workers.admission import Line
 from workers.metrics import Metrics
+from workers.pace import Pace
 from workers.served import Served
 from workers.spec import Spec
 
@@ -24,6 +25,7 @@ class Worker:
     """Where audio is compressed, so that neither the device nor the event loop waits for it."""
     line: Line
     metrics: Metrics
+    pace: Pace = field(default_factory=Pace)
     draining: bool = False
     started: float = field(default_factory=time.time)
     """Unix time."""

@@ -143,5 +143,3 @@ def _resident(pid: int) -> int:
 
 def _metrics(farm: FarmUnderTest) -> str:
     return httpx.get(f"{farm.url}/metrics", timeout=20).text
-
-

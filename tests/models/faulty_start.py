@@ -52,6 +52,14 @@ class HealthFails(NoSetup):
         return []
 
 
+class LongestFails(NoSetup):
+    def setup(self, device: str) -> None:
+        pass
+
+    def longest_request(self) -> Any:
+        return []
+
+
 class Exits(NoSetup):
     def setup(self, device: str) -> None:
         raise SystemExit(0)

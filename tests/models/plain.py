@@ -105,6 +105,29 @@ class Flood(Slow):
             yield bytes([number % 256]) * request["size"]
 
 
+class Reporting:
+    """Counts what it ran; its health() never comes back while the file ``hang`` exists."""
+
+    def __init__(self, hang: str) -> None:
+        self.hang = Path(hang)
+        self.ran = 0
+
+    def setup(self, device: str) -> None:
+        pass
+
+    def health(self) -> dict[str, Any]:
+        while self.hang.exists():
+            time.sleep(0.01)
+        return {"ran": self.ran, "engine": "own", "uuid": "GPU-1234"}
+
+    def longest_request(self) -> dict[str, Any]:
+        return self.health()
+
+    def predict(self, request: Any) -> Any:
+        self.ran += 1
+        return request
+
+
 class Answers:
     """Answers with the status and headers that are asked for, returned or raised."""
 

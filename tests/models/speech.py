@@ -60,6 +60,18 @@ class Hum:
                     file.write("closed\n")
 
 
+class Steady(Hum):
+    """Takes a fixed time for a request, and for each character."""
+
+    def __init__(self, fixed: float, each: float) -> None:
+        super().__init__()
+        self.fixed, self.each = fixed, each
+
+    def speak(self, request: SpeechRequest) -> Iterator[Audio]:
+        time.sleep(self.fixed + self.each * len(request.input))
+        yield np.zeros(160, np.float32)
+
+
 class BrokenEncoder(Hum):
     """Hums where the library that compresses audio fails."""
 
