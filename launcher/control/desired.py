@@ -13,6 +13,8 @@ Verdict = Literal["", "promoted", "given up"]
 RESTING = ("stopped", "failed")
 MAX_EARLY_CRASHES = 3
 """A worker that has ended so often before it was ever ready is reported; it is tried on."""
+BLOCKED_SECONDS = 30.0
+"""A start that has waited so long for memory or for its port is reported, and still waits."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,10 @@ class Record:
         """It has failed for good, or so often that it is reported; the latter is tried again."""
         early = self.crashes >= MAX_EARLY_CRASHES and not self.proven
         return self.state == "failed" or (early and self.state != "ready")
+
+    def blocked(self, now: float) -> bool:
+        """Its start has waited for so long that this is reported."""
+        return bool(self.waits_for) and now - self.waits_since >= BLOCKED_SECONDS
 
 
 @dataclass(frozen=True)

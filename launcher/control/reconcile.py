@@ -33,8 +33,6 @@ CALM_SECONDS = 30.0
 """A worker that has served for so long has its crashes forgotten."""
 EARLY_BACKOFF_FACTOR = 10
 """A crash while loading costs a whole load, so the next try waits longer."""
-BLOCKED_SECONDS = 30.0
-"""A start that has waited so long for memory or for its port is reported, and still waits."""
 
 
 def backoff(crashes: int, early: bool) -> float:
@@ -54,14 +52,10 @@ def settled(current: Goal, candidate: Goal | None, memory: Memory, now: float) -
     return all(
         memory.of(id_).state == "ready"
         or memory.of(id_).gave_up
-        or _blocked_long(memory.of(id_), now)
+        or memory.of(id_).blocked(now)
         or (memory.of(id_).state == "stopped" and _behind_another(current, id_, memory))
         for id_ in wanted
     )
-
-
-def _blocked_long(record: Record, now: float) -> bool:
-    return bool(record.waits_for) and now - record.waits_since >= BLOCKED_SECONDS
 
 
 def decide(
@@ -80,6 +74,7 @@ def decide(
     ``silence``: seconds after which a worker that answers nothing is taken for a hanging one.
     """
     actions: list[Action] = []
+    examined = _examined(current, candidate, memory)
     for id_ in dict.fromkeys((*memory.records, *observed)):
         seen = observed.get(id_, Observation())
         record, proven = _advance(id_, memory, seen, now)
@@ -94,7 +89,7 @@ def decide(
         candidate = None
     wanted = rollout.wanted(current, candidate, memory)
     memory, surplus = _drain_surplus(wanted, memory, now)
-    memory, started = _start_next(current, candidate, memory, observed, now)
+    memory, started = _start_next(current, candidate, memory, observed, examined, now)
     return Decision(
         _pruned(current, candidate, memory), (*actions, *surplus, *started), step.verdict
     )
@@ -208,23 +203,45 @@ def _drain_surplus(
     return memory, actions
 
 
+def _examined(current: Goal, candidate: Goal | None, memory: Memory) -> dict[str, str]:
+    """Return the slots whose port, memory and leftovers were looked at, and for which spec.
+
+    Those that become free in this round are looked at before they are started in the next one.
+    """
+    return {
+        id_: rollout.goal_of(id_, current, candidate, memory).target(id_).spec
+        for id_ in rollout.wanted(current, candidate, memory)
+        if memory.of(id_).state == "stopped"
+    }
+
+
 def _start_next(
     current: Goal,
     candidate: Goal | None,
     memory: Memory,
     observed: Mapping[str, Observation],
+    examined: Mapping[str, str],
     now: float,
 ) -> tuple[Memory, list[Action]]:
     """Start one worker, if none is starting."""
     if any(record.state == "starting" for record in memory.records.values()):
         return memory, []
+    # Devices whose free memory is left to a worker of the candidate that waits for more of it.
+    short: set[str] = set()
     for id_ in rollout.wanted(current, candidate, memory):
         record, seen = memory.of(id_), observed.get(id_, Observation())
         goal = rollout.goal_of(id_, current, candidate, memory)
         due = record.state == "stopped" and record.retry_at <= now
         if not due or seen.alive or not seen.clear or _behind_another(goal, id_, memory):
             continue
+        if examined.get(id_) != goal.target(id_).spec:
+            continue
+        device = goal.target(id_).device
+        if goal is not candidate and device in short:
+            continue
         if seen.taken_by or seen.no_room:
+            if seen.no_room and goal is candidate:
+                short.add(device)
             memory = memory.with_record(id_, _waiting(id_, record, seen, now))
             continue
         target = goal.target(id_)
@@ -239,6 +256,7 @@ def _start_next(
             spec=spec,
             device=target.device,
             restarts=record.restarts + again,
+            crashes=record.crashes if record.spec == spec else 0,
             proven=record.proven and record.spec == spec,
             waits_for="",
         )

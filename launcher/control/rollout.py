@@ -10,7 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from launcher.control.desired import Action, Goal, Memory, Record, Rollout, Verdict
+from launcher.control.desired import (
+    BLOCKED_SECONDS,
+    Action,
+    Goal,
+    Memory,
+    Record,
+    Rollout,
+    Verdict,
+)
 
 ROOM_SECONDS = 3.0
 """How long a candidate's worker waits for memory before an old one makes room for it."""
@@ -35,12 +43,20 @@ def begin(memory: Memory, ids: Sequence[str]) -> Memory:
 
 def begin_candidate(memory: Memory, candidate: Goal) -> Memory:
     """Put every worker that is not what the candidate says on the list; forget an older rollout."""
-    outdated = [
-        id_
+    memory = replace(memory, rollout=Rollout())
+    return replace(memory, rollout=Rollout(pending=_outdated(candidate, memory)))
+
+
+def _outdated(candidate: Goal, memory: Memory) -> tuple[tuple[str, int], ...]:
+    """Return the slots of the candidate whose worker is another one's and not on the list yet."""
+    listed = {*memory.rollout.moving, *(id_ for id_, _ in memory.rollout.pending)}
+    return tuple(
+        (id_, memory.of(id_).pid)
         for id_ in candidate.wanted
-        if memory.of(id_).alive and memory.of(id_).spec != candidate.target(id_).spec
-    ]
-    return begin(replace(memory, rollout=Rollout()), outdated)
+        if id_ not in listed
+        and memory.of(id_).alive
+        and memory.of(id_).spec != candidate.target(id_).spec
+    )
 
 
 def wanted(current: Goal, candidate: Goal | None, memory: Memory) -> tuple[str, ...]:
@@ -63,8 +79,8 @@ def goal_of(id_: str, current: Goal, candidate: Goal | None, memory: Memory) -> 
 def step(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> Step:
     """Carry a rolling restart one step further."""
     goal = candidate or current
-    memory = replace(memory, rollout=_advanced(goal, candidate, memory))
-    if error := _failure(current, candidate, memory):
+    memory = replace(memory, rollout=_advanced(goal, candidate, memory, now))
+    if error := _failure(current, candidate, memory, now):
         return _given_up(current, candidate, memory, error, now)
     if not memory.rollout.active:
         return _finished(current, candidate, memory)
@@ -73,9 +89,10 @@ def step(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> S
     return _replace_next(current, candidate, memory, now)
 
 
-def _advanced(goal: Goal, candidate: Goal | None, memory: Memory) -> Rollout:
-    """Drop slots that are no longer wanted and those whose successor is ready."""
-    pending = []
+def _advanced(goal: Goal, candidate: Goal | None, memory: Memory, now: float) -> Rollout:
+    """Drop slots that are no longer wanted and those whose successor is ready; list those that
+    became outdated since, or of which the list was lost."""
+    pending = list(_outdated(candidate, memory)) if candidate else []
     for id_, pid in memory.rollout.pending:
         record = memory.of(id_)
         if id_ not in goal.wanted:
@@ -88,25 +105,78 @@ def _advanced(goal: Goal, candidate: Goal | None, memory: Memory) -> Rollout:
     moving = tuple(
         id_
         for id_ in memory.rollout.moving
-        if id_ in goal.wanted and memory.of(id_).state != "ready"
+        if id_ in goal.wanted
+        and memory.of(id_).state != "ready"
+        # What is known to load need not wait for room: the others are replaced meanwhile.
+        and not (candidate and _is_proven(id_, goal, memory) and _blocked(id_, goal, memory, now))
     )
-    return replace(memory.rollout, pending=tuple(pending), moving=moving)
+    extra, no_extra = memory.rollout.extra, memory.rollout.no_extra
+    if extra and _waits(memory.of(extra), now):
+        extra, no_extra = "", True
+    return replace(
+        memory.rollout, pending=tuple(pending), moving=moving, extra=extra, no_extra=no_extra
+    )
 
 
-def _failure(current: Goal, candidate: Goal | None, memory: Memory) -> str:
+def _is_proven(id_: str, goal: Goal, memory: Memory) -> bool:
+    return goal.target(id_).spec in memory.proven
+
+
+def _waits(record: Record, now: float) -> bool:
+    """Whether a start waits for so long that room should be made for it."""
+    waits = record.state == "stopped" and bool(record.waits_for)
+    return waits and now - record.waits_since > ROOM_SECONDS
+
+
+def _blocked(id_: str, goal: Goal, memory: Memory, now: float) -> bool:
+    """Whether a start has waited in vain, and nothing on its device has changed for as long."""
+    quiet = _is_quiet(goal.target(id_).device, memory, now, BLOCKED_SECONDS)
+    return quiet and memory.of(id_).blocked(now)
+
+
+def _is_quiet(device: str, memory: Memory, now: float, seconds: float) -> bool:
+    """Whether nothing has started or ended on a device for so long."""
+    return all(
+        record.state not in ("starting", "draining") and now - record.since >= seconds
+        for record in memory.records.values()
+        if record.device == device
+    )
+
+
+def _failure(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> str:
     """Why the rollout cannot go on; empty while it can."""
     rollout = memory.rollout
     if candidate is None:
         suspects = [*(id_ for id_, _ in rollout.pending), *rollout.moving, rollout.extra]
+        failed = [id_ for id_ in suspects if id_ and memory.of(id_).gave_up]
+        failed += [id_ for id_ in rollout.moving if _blocked(id_, current, memory, now)]
+        failed += _without_cover(current, memory, now)
     else:
         old = {target.spec for target in current.targets}
-        suspects = [
-            target.id
-            for target in candidate.targets
-            if target.spec not in old and memory.of(target.id).spec == target.spec
+        failed = [
+            id_
+            for id_ in wanted(current, candidate, memory)
+            if goal_of(id_, current, candidate, memory) is candidate
+            and (spec := candidate.target(id_).spec) not in old
+            and (
+                (memory.of(id_).spec == spec and memory.of(id_).gave_up)
+                or (spec not in memory.proven and _blocked(id_, candidate, memory, now))
+            )
         ]
-    failed = [id_ for id_ in suspects if id_ and memory.of(id_).gave_up]
     return memory.of(failed[0]).error if failed else ""
+
+
+def _without_cover(current: Goal, memory: Memory, now: float) -> list[str]:
+    """Return the workers that would have to serve while the next one is replaced, if none can."""
+    if memory.rollout.moving or not memory.rollout.pending:
+        return []
+    id_, _ = memory.rollout.pending[0]
+    others = [other for other in wanted(current, None, memory) if other != id_]
+    return others if all(_is_stuck(memory.of(other), now) for other in others) else []
+
+
+def _is_stuck(record: Record, now: float) -> bool:
+    return record.gave_up or record.blocked(now)
 
 
 def _given_up(
@@ -155,20 +225,25 @@ def _finished(current: Goal, candidate: Goal | None, memory: Memory) -> Step:
 def _replace_next(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> Step:
     """Drain the next worker on the list once everything else is ready."""
     rollout = memory.rollout
-    id_, pid = rollout.pending[0] if rollout.pending else ("", 0)
+    ended = (entry for entry in rollout.pending if not memory.of(entry[0]).alive)
+    id_, pid = next(ended, rollout.pending[0] if rollout.pending else ("", 0))
     ids = [other for other in wanted(current, candidate, memory) if other != id_]
     others = [memory.of(other) for other in ids]
-    if _waits_for_room(others, now):
-        return _make_room(current, candidate, memory, now)
+    if devices := _short_of_room(current, candidate, memory, now):
+        if step := _make_room(current, candidate, memory, devices, now):
+            return step
     if not id_ or rollout.moving:
         return Step(memory)
     record = memory.of(id_)
-    if not record.alive:
-        return Step(_moving(memory, id_))  # it ended by itself: its successor starts
+    if not record.alive:  # it ended by itself: its successor starts, if that is known to load
+        tried = any(goal_of(other, current, candidate, memory) is candidate for other in ids)
+        if candidate is not None and tried and not _is_proven(id_, candidate, memory):
+            return Step(memory)
+        return Step(_moving(memory, id_))
     if record.pid != pid or record.state not in ("ready", "starting"):
         return Step(memory)
     loading_in_vain = record.state == "starting" and not record.proven and candidate is not None
-    calm = all(other.state == "ready" or other.gave_up for other in others)
+    calm = all(other.state == "ready" or _is_stuck(other, now) for other in others)
     covered = not others or any(other.state == "ready" for other in others)
     if not (loading_in_vain or (calm and covered)):
         return Step(memory)
@@ -187,37 +262,43 @@ def _drained(memory: Memory, id_: str, now: float) -> Step:
     return Step(memory.with_record(id_, record).counted("restart"), (Action("drain", id_),))
 
 
-def _waits_for_room(records: Sequence[Record], now: float) -> bool:
-    return any(
-        record.state == "stopped"
-        and record.waits_for == "memory"
-        and now - record.waits_since > ROOM_SECONDS
-        for record in records
-    )
+def _short_of_room(
+    current: Goal, candidate: Goal | None, memory: Memory, now: float
+) -> frozenset[str]:
+    """Return the devices on which a new worker waits for memory."""
+    devices = set()
+    for id_ in wanted(current, candidate, memory):
+        goal = goal_of(id_, current, candidate, memory)
+        new = goal is candidate or id_ in memory.rollout.moving
+        if new and memory.of(id_).waits_for == "memory" and _waits(memory.of(id_), now):
+            devices.add(goal.target(id_).device)
+    return frozenset(device for device in devices if _is_quiet(device, memory, now, ROOM_SECONDS))
 
 
-def _make_room(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> Step:
+def _make_room(
+    current: Goal, candidate: Goal | None, memory: Memory, devices: frozenset[str], now: float
+) -> Step | None:
     """Memory is short for one more beside the old ones: end one that is to go anyway.
 
-    The extra slot is given up first, then a worker goes that the candidate has no slot for, then
-    the next on the list. One at a time, and the last one that serves only where no other way is
-    left.
+    The extra worker goes first, then one that the candidate has no slot for, then the next on the
+    list. One at a time, and the last one that serves only where no other way is left. None where
+    nothing of this rollout holds memory there.
     """
-    if any(record.state == "draining" for record in memory.records.values()):
+    if any(record.state in ("starting", "draining") for record in memory.records.values()):
         return Step(memory)
     extra = memory.rollout.extra
-    if extra and memory.of(extra).waits_for:
-        memory = memory.with_record(extra, replace(memory.of(extra), waits_for="", error=""))
+    if extra and memory.of(extra).device in devices and memory.of(extra).alive:
         return Step(replace(memory, rollout=replace(memory.rollout, extra="", no_extra=True)))
-    goal = candidate or current
+    if candidate is None:
+        return None
     serving = [id_ for id_ in wanted(current, candidate, memory) if memory.of(id_).state == "ready"]
-    surplus = [id_ for id_ in serving if id_ not in goal.wanted and id_ != extra]
-    if surplus and len(serving) > 1:
+    there = [id_ for id_ in serving if memory.of(id_).device in devices]
+    surplus = [id_ for id_ in there if id_ not in candidate.wanted]
+    pending = [id_ for id_, _ in memory.rollout.pending if id_ in there]
+    if surplus and (len(serving) > 1 or not pending):
         record = replace(memory.of(surplus[-1]), state="draining", since=now)
         return Step(memory.with_record(surplus[-1], record), (Action("drain", surplus[-1]),))
-    if not memory.rollout.pending:
-        return Step(memory)
-    return _drained(memory, memory.rollout.pending[0][0], now)
+    return _drained(memory, pending[0], now) if pending else None
 
 
 def _empty_slot(goal: Goal, memory: Memory) -> str:
