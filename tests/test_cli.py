@@ -23,7 +23,7 @@ from launcher.configuration.sizes import GIB
 from launcher.configuration.state import StateDir
 from launcher.planning.inventory import Footprint, Host
 from launcher.planning.plan import Limits, plan
-from launcher.processes.farm import Farm
+from launcher.processes.farm import Farm, Generation
 
 UUID = "GPU-0a1b2c3d-4e5f-6071-8293-a4b5c6d7e8f9"
 HEAVY = ("torch", "onnxruntime", "starlette", "uvicorn", "rich.console", "jinja2", "psutil")
@@ -69,7 +69,7 @@ def test_a_farm_is_tried_with_a_request_that_it_knows(
     (tmp_path / "gpufarm.toml").write_text(f'{text}\nmodel.target = "a:B"\n')
     settings = load(tmp_path / "gpufarm.toml", {}, {"HOME": str(tmp_path)})
     planned = plan([], Footprint.given(1), Host(), Limits())
-    farm = Farm(StateDir(tmp_path), settings, planned, 0, tmp_path)
+    farm = Farm(StateDir(tmp_path), Generation(1, settings, planned, ""), ())
     words = shlex.split(curl_line(farm, {"workers": [{"health": {}}]}))
     assert words[1] == f"{farm.url}/predict"
     assert (json.loads(words[-1])["text"] if words[-1] != "…" else "…") == shown
@@ -196,7 +196,8 @@ def shown_workers(width: int | None) -> list[str]:
     failed = {"state": "failed", "error": "w2 could not load: there are no weights in model.bin"}
     stream = io.StringIO()
     out = Console(file=stream, width=width, force_terminal=True) if width else console(stream)
-    print_workers({"workers": [worker | {"id": "w1"}, worker | {"id": "w2"} | failed]}, out)
+    workers = [worker | {"id": "w1"}, worker | {"id": "w2"} | failed]
+    print_workers({"workers": workers, "generation": {"failure": None}}, out)
     return re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue()).splitlines()
 
 

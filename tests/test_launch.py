@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from launcher.configuration.config import Settings, load
-from launcher.configuration.state import write_json
+from launcher.configuration.state import StateDir, write_json
 from launcher.planning.inventory import Device, Footprint, Host
 from launcher.planning.plan import Limits, plan
-from launcher.processes.launch import digest, filled, launch, launches, worker_spec
+from launcher.processes import farm as farms
+from launcher.processes.farm import Farm, Generation
+from launcher.processes.launch import digest, filled, launch, sources_digest, worker_spec
 
 GPU = Device(id="GPU-1234", name="A card", kind="gpu", total=24 * 2**30, free=24 * 2**30)
 CPU = Device(id="cpu", name="CPU", kind="cpu", total=2**34, free=2**34)
@@ -84,21 +86,48 @@ def test_the_spec_is_json_and_names_the_files_folder(tmp_path: Path) -> None:
     assert spec["model"]["args"] == {"size": 3}
 
 
+def digest_of(
+    tmp_path: Path, text: str = "", device: Device = CPU, sources: str = "", **overrides: Any
+) -> str:
+    return digest(settings(tmp_path, text, **overrides), device, sources, tmp_path)
+
+
 def test_the_digest_changes_with_what_is_served_and_with_nothing_else(tmp_path: Path) -> None:
-    base = digest(settings(tmp_path), tmp_path)
-    assert digest(settings(tmp_path, port=9000), tmp_path) == base
-    assert digest(settings(tmp_path, workers__count=3), tmp_path) == base
+    base = digest_of(tmp_path)
+    assert digest_of(tmp_path, port=9000) == base
+    assert digest_of(tmp_path, workers__count=3) == base
     changes: list[dict[str, Any]] = [
         {"workers__line": 3},
         {"workers__threads": 2},
         {"logs__format": "json"},
         {"model__name": "other"},
+        {"device": GPU},
+        {"sources": "edited"},
     ]
     for changed in changes:
-        assert digest(settings(tmp_path, **changed), tmp_path) != base
-    foreign = digest(settings(tmp_path, COMMAND), tmp_path)
-    assert foreign != base
-    assert digest(settings(tmp_path, COMMAND, workers__line=3), tmp_path) == foreign
+        assert digest_of(tmp_path, **changed) != base
+    assert digest_of(tmp_path, device=GPU) != digest_of(tmp_path, device=replace(GPU, id="GPU-2"))
+    external = digest_of(tmp_path, COMMAND)
+    assert external != base
+    assert digest_of(tmp_path, COMMAND, workers__line=3) == external
+
+
+def test_the_models_own_source_has_a_digest_and_its_arguments_do_not_count(tmp_path: Path) -> None:
+    source, weights = tmp_path / "mine.py", tmp_path / "weights.bin"
+    source.write_text("class Mine: ...")
+    weights.write_bytes(b"1")
+    given = settings(tmp_path, f'model.target = "mine:Mine"\nmodel.args = {{ path = "{weights}" }}')
+    before = sources_digest(given)
+    weights.write_bytes(b"2")
+    assert sources_digest(given) == before
+    source.write_text("class Mine: pass")
+    assert sources_digest(given) != before
+    script = tmp_path / "serve.py"
+    script.write_text("1")
+    command = 'model.command = ["python", "serve.py", "{port}"]\nfootprint.bytes = "1MiB"'
+    before = sources_digest(settings(tmp_path, command))
+    script.write_text("2")
+    assert sources_digest(settings(tmp_path, command)) != before
 
 
 def test_only_our_placeholders_are_filled() -> None:
@@ -116,9 +145,18 @@ def state(tmp_path: Path) -> Path:
     )
     given = given.model_copy(update={"model": model})
     planned = plan([CPU], Footprint.given(2**20), Host(cores=1), Limits(count=1, max=2))
-    planned = planned.with_ports([21001, 21002])
-    write_json(tmp_path / "slots.json", launches(given, planned, tmp_path, tmp_path / "cache"))
+    write_launches(tmp_path, Generation(1, given, planned.with_ports([21001, 21002]), ""))
     return tmp_path
+
+
+def write_launches(state: Path, generation: Generation) -> list[dict[str, Any]]:
+    """Write how every slot's worker is started, and read it."""
+    ports = tuple(slot.port for slot in generation.plan.slots)
+    farm = Farm(StateDir(state), generation, ports)
+    for slot in generation.plan.slots:
+        farms.write_launch(farm, generation, slot)
+    files = [state / "slots" / f"{slot.id}.json" for slot in generation.plan.slots]
+    return [json.loads(file.read_text()) for file in files]
 
 
 def slot(state: Path, number: str) -> subprocess.CompletedProcess[str]:
@@ -160,9 +198,10 @@ def test_a_slot_that_is_not_planned_is_3_and_one_line(state: Path) -> None:
 
 @pytest.mark.parametrize("key", ["A=B", "NUL\0"])
 def test_what_no_process_can_be_given_is_3_and_one_line(state: Path, key: str) -> None:
-    made = json.loads((state / "slots.json").read_text())
-    made["w1"]["environment"][key] = "x"
-    write_json(state / "slots.json", made)
+    file = state / "slots" / "w1.json"
+    made = json.loads(file.read_text())
+    made["environment"][key] = "x"
+    write_json(file, made)
     done = slot(state, "1")
     assert done.returncode == 3, "it would fail the same way again"
     assert len(done.stderr.splitlines()) == 1
@@ -172,6 +211,11 @@ def test_what_no_process_can_be_given_is_3_and_one_line(state: Path, key: str) -
 def test_launches_follow_the_plan(tmp_path: Path) -> None:
     devices = [GPU, replace(GPU, id="GPU-5678")]
     planned = plan(devices, Footprint.given(2**30), Host(), Limits(count=2, max=4))
-    made = launches(settings(tmp_path), planned.with_ports(range(1, 5)), tmp_path, tmp_path)
-    seen = [made[f"w{n}"]["environment"]["CUDA_VISIBLE_DEVICES"] for n in (1, 2, 3, 4)]
-    assert seen == ["GPU-1234", "GPU-5678", "GPU-1234", "GPU-5678"]
+    generation = Generation(1, settings(tmp_path), planned.with_ports(range(1, 5)), "")
+    made = write_launches(tmp_path, generation)
+    given = [launch["environment"]["CUDA_VISIBLE_DEVICES"] for launch in made]
+    assert given == ["GPU-1234", "GPU-5678", "GPU-1234", "GPU-5678"]
+    files = [path for path in tmp_path.rglob("*.json") if path.parent.name in ("slots", "specs")]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    write_launches(tmp_path, generation)
+    assert {path: path.stat().st_mtime_ns for path in files} == before, "nothing was written"

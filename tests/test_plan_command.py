@@ -21,7 +21,7 @@ from launcher.configuration.state import StateDir
 from launcher.planning.footprint import MeasureError
 from launcher.planning.inventory import Device, Footprint, Host, Tenant
 from launcher.planning.plan import Limits, plan
-from launcher.processes.farm import Farm
+from launcher.processes.farm import Farm, Generation
 
 ROOT = Path(__file__).parent.parent
 
@@ -159,7 +159,7 @@ def test_a_running_farm_is_told_as_it_was_planned(
 ) -> None:
     card = Device("GPU-1", "L4", "gpu", 24 * GIB, 24 * GIB)
     planned = plan([card], Footprint.given(7 * GIB), Host(), Limits())
-    running = Farm(StateDir(settings.state_dir), settings, planned, 0, settings.state_dir)
+    running = Farm(StateDir(settings.state_dir), Generation(1, settings, planned, ""), ())
     assert plan_command.run(settings, running=running) == 0
     out = capsys.readouterr().out
     assert "running farm" in out

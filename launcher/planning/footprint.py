@@ -20,6 +20,8 @@ ROUNDS = 2
 """How often the longest requests are run once warm: allocators grow again on the second."""
 
 
+FAILED_TO_LOAD = 1
+"""A worker's exit code for: I could not load this time."""
 CANNOT_LOAD = 3
 """A worker's exit code for: I could not load, and trying again would not help."""
 
@@ -171,7 +173,7 @@ def _await_ready(worker: RunningWorker, timeout: float) -> None:
         code = worker.exit_code()
         if code is not None:
             words = worker.last_words()
-            if code == CANNOT_LOAD and words:
+            if code in (FAILED_TO_LOAD, CANNOT_LOAD) and words:
                 raise MeasureError(f"the worker could not load: {words}")
             said = f": {words}" if words else ""
             raise MeasureError(f"the worker ended with exit code {code} before it was ready{said}")
