@@ -104,6 +104,12 @@ async def health(request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
 
 
+async def metrics(request: web.Request) -> web.Response:
+    """Answer with a page of HTML, as servers do that have one page for every path."""
+    html = "<style>\nbody { margin: 0 }\n</style>\n"
+    return web.Response(text=html, content_type="text/html")
+
+
 async def environment(request: web.Request) -> web.Response:
     return web.json_response({"argv": sys.argv, "env": dict(os.environ), "cwd": str(Path.cwd())})
 
@@ -131,6 +137,7 @@ def main() -> None:
     app.router.add_get("/big", big)
     app.router.add_route("*", "/end", end)
     app.router.add_get("/v1/health", health)
+    app.router.add_get("/metrics", metrics)
     app.router.add_get("/environment", environment)
     print(json.dumps({"standin": options.id, "port": options.port}), flush=True)
     web.run_app(

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from balancer import processes as nginx_processes
+from tests import promtool
 from tests.farm.harness import FarmUnderTest, foreign, lives, new_farm, within
 from tests.waiting import until
 
@@ -227,6 +228,16 @@ def test_health_and_metrics_of_the_whole_farm(farm: FarmUnderTest) -> None:
     metrics = httpx.get(f"{farm.url}/metrics").text
     assert 'gpufarm_workers{state="ready"} 2' in metrics
     assert 'gpufarm_worker_memory_bytes{worker="w1"}' in metrics
+
+
+def test_a_page_that_is_not_metrics_is_left_out_and_reported_once(farm: FarmUnderTest) -> None:
+    for _ in range(3):
+        metrics = httpx.get(f"{farm.url}/metrics").text
+        assert "margin" not in metrics
+        promtool.check(metrics)
+    log = farm.run("logs", "-n", "1000").stdout
+    for worker in ("w1", "w2"):
+        assert log.count(f"{worker}: its /metrics is not in Prometheus's text format") == 1
 
 
 def test_the_admin_interface_refuses_what_makes_no_sense(farm: FarmUnderTest) -> None:
