@@ -14,8 +14,6 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import TypeAdapter
-from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
@@ -44,9 +42,13 @@ def converter(hook: Callable[..., Any], name: str) -> Callable[[Any], Any]:
             "query string; leave the annotation out (parsed JSON), or use Request, UploadFile or a "
             "pydantic model"
         )
+    # A user of LitServe has it imported by now; a worker that serves another class does without.
+    from pydantic import TypeAdapter  # noqa: PLC0415
+    from pydantic.errors import PydanticUserError  # noqa: PLC0415
+
     try:
         adapter = TypeAdapter(kind)
-    except (PydanticSchemaGenerationError, PydanticUserError) as error:
+    except PydanticUserError as error:
         raise LoadError(
             f"{name}.decode_request takes request: {kind}, which pydantic cannot check: "
             f"{str(error).splitlines()[0]}; leave the annotation out (parsed JSON), or use "
@@ -75,7 +77,7 @@ def _file(payload: Any) -> UploadFile:
     return given
 
 
-def _checked(adapter: TypeAdapter[Any], payload: Any) -> Any:
+def _checked(adapter: Any, payload: Any) -> Any:
     try:
         return adapter.validate_python(payload)
     except ValueError as error:
