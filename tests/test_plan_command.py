@@ -147,7 +147,7 @@ def test_a_failed_measurement_is_one_line(
     (settings.folder / "hello.py").write_text("raise OSError('no weights')")
     assert plan_command.run(settings, measure=True) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("gpufarm: the worker could not load: model.target")
+    assert last.startswith("gpufarm: the worker ended with exit code 1 before it was ready: model.")
     assert "no weights" in last
 
 
