@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
 
-
 from launcher.control.desired import Memory
-from tests.controller_world import LOAD_TIMEOUT, NEVER, STEP, Version, World, running
+from tests.controller_world import STEP, Version, World, running
 
 # Rolling restarts
 
