@@ -95,7 +95,7 @@ class World:
     @property
     def candidate_goal(self) -> Goal | None:
         version = self.candidate
-        return version and Goal.of(version.targets, version.count, self.desired)
+        return Goal.of(version.targets, version.count, self.desired) if version else None
 
     def state(self, id_: str) -> State:
         return self.memory.of(id_).state
@@ -221,15 +221,15 @@ class World:
             started=started, exit_code=self.exits.get(id_), exit_reason="no such file"
         )
         # As the observer does, only a slot that may be started now is examined.
-        if id_ in rollout.wanted(self.goal, self.candidate_goal, self.memory):
-            if self.state(id_) == "stopped":
-                return replace(
-                    seen,
-                    clear=id_ not in self.unclear,
-                    taken_by=self.taken.get(id_, ""),
-                    no_room=self._no_room(id_),
-                )
-        return seen
+        wanted = rollout.wanted(self.goal, self.candidate_goal, self.memory)
+        if id_ not in wanted or self.state(id_) != "stopped":
+            return seen
+        return replace(
+            seen,
+            clear=id_ not in self.unclear,
+            taken_by=self.taken.get(id_, ""),
+            no_room=self._no_room(id_),
+        )
 
     def _no_room(self, id_: str) -> str:
         goal = rollout.goal_of(id_, self.goal, self.candidate_goal, self.memory)
@@ -262,7 +262,7 @@ class World:
     def _start(self, id_: str) -> None:
         record = self.memory.of(id_)
         version = self._version_of(record.spec)
-        if not self.lost:  # what is sent again was examined when it was decided
+        if record.since == self.now:  # one that is sent again was examined when it was decided
             assert self._free(record.device) >= version.need, f"no room for {id_}"
             assert id_ not in self.unclear, f"something is left of {id_}"
             assert id_ not in self.taken, f"the port of {id_} is taken"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from launcher.control.desired import (
@@ -183,7 +185,7 @@ def test_a_worker_that_crashes_while_loading_is_reported_and_tried_with_growing_
             starts.append(world.now)
         gave_up = world.memory.of("w1").crashes >= MAX_EARLY_CRASHES
         assert world.memory.of("w1").gave_up is world.settled() is gave_up
-    pauses = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    pauses = [b - a for a, b in pairwise(starts)]
     assert pauses == sorted(pauses)
     assert pauses[-1] == pytest.approx(MAX_BACKOFF + world.current.load_seconds, abs=3 * STEP)
     assert "times before it was ready, last with exit code 1" in world.memory.of("w1").error

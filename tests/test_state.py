@@ -22,12 +22,17 @@ from launcher.configuration.state import LockedError, StateDir, StateError, read
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> Iterator[StateDir]:
-    # pytest's own folders are too long for a socket.
-    with tempfile.TemporaryDirectory(prefix="run-", dir="/tmp") as runtime:
-        made = StateDir(tmp_path / "state", {"XDG_RUNTIME_DIR": runtime}).create()
-        yield made
-        made.remove_runtime()
+def short() -> Iterator[Path]:
+    """pytest's own folders may be too long for a socket."""
+    with tempfile.TemporaryDirectory(prefix="farm-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def state(short: Path) -> Iterator[StateDir]:
+    made = StateDir(short / "state").create()
+    yield made
+    made.remove_runtime()
 
 
 def mode(path: Path) -> int:
@@ -79,12 +84,12 @@ def test_writing_into_a_missing_folder_is_one_line(tmp_path: Path) -> None:
 def test_a_corrupt_file_is_set_aside_with_one_warning(
     state: StateDir, caplog: pytest.LogCaptureFixture
 ) -> None:
-    state.plan_file.write_text("{half")
+    state.farm_file.write_text("{half")
     with caplog.at_level(logging.WARNING):
-        assert read_json(state.plan_file) is None
-        assert read_json(state.plan_file) is None
+        assert read_json(state.farm_file) is None
+        assert read_json(state.farm_file) is None
     assert len(caplog.records) == 1
-    assert [path.read_text() for path in state.path.glob("plan.json.corrupt-*")] == ["{half"]
+    assert [path.read_text() for path in state.path.glob("farm.json.corrupt-*")] == ["{half"]
 
 
 def test_readers_never_see_half_a_file(state: StateDir) -> None:
@@ -106,39 +111,64 @@ def test_readers_never_see_half_a_file(state: StateDir) -> None:
     assert set(seen) == {2000}
 
 
-def test_sockets_get_a_short_private_folder(state: StateDir) -> None:
+def test_sockets_lie_in_the_state_directory_where_its_path_is_short(state: StateDir) -> None:
     folder = state.runtime()
+    assert folder == state.path / "run"
     assert mode(folder) == 0o700
-    assert state.runtime() == folder
-    other = StateDir(state.path.with_name("other"), state._environ).create()
-    assert other.runtime() != folder
-    other.remove_runtime()
+    assert state.runtime() == StateDir(state.path).recorded_runtime() == folder
+    assert list(folder.iterdir()) == [], "what was tried is removed"
+    for name in ("admin.sock", "supervisor.sock", "supervisor.sock.12"):
+        (folder / name).touch()
+    (folder / "supervisord.pid").touch()
     state.remove_runtime()
-    assert not folder.exists()
+    assert [path.name for path in folder.iterdir()] == ["supervisord.pid"]
     state.remove_runtime()  # nothing there: nothing happens
 
 
-def test_a_later_command_without_the_variable_finds_the_same_folder(state: StateDir) -> None:
-    assert StateDir(state.path, {}).runtime() == state.runtime()
+def test_the_session_s_own_directory_is_never_used(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It goes away when its user logs out, and the farm stays."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert state.runtime() == state.path / "run"
 
 
-@pytest.mark.parametrize("long", ["", "x" * 120])
-def test_without_a_usable_runtime_directory_it_is_in_tmp(tmp_path: Path, long: str) -> None:
-    environ = {"XDG_RUNTIME_DIR": str(tmp_path / long)} if long else {}
-    made = StateDir(tmp_path / "state", environ).create()
+@pytest.mark.parametrize("name", ["x" * 90, "a;b", "a b$c", "it's", "{a}", "a:b", "ü" * 40])
+def test_where_no_socket_can_lie_the_sockets_are_in_tmp(short: Path, name: str) -> None:
+    made = StateDir(short / name).create()
     folder = made.runtime()
     try:
         assert folder.parent == Path("/tmp")
+        assert mode(folder) == 0o700
         assert len(os.fsencode(folder / "supervisor.sock.12345678")) <= 104
+        other = StateDir(short / f"{name}2").create()
+        assert other.runtime() != folder
+        other.remove_runtime()
+        assert StateDir(made.path).runtime() == folder
     finally:
         made.remove_runtime()
+    assert not folder.exists()
 
 
-def test_somebody_elses_folder_is_not_used(state: StateDir) -> None:
+@pytest.mark.parametrize("name", ["state", "x" * 90])
+def test_a_removed_socket_directory_is_made_again_in_the_same_place(short: Path, name: str) -> None:
+    made = StateDir(short / name).create()
+    folder = made.runtime()
+    shutil.rmtree(folder)
+    assert made.recorded_runtime() == folder
+    assert made.runtime() == folder
+    assert mode(folder) == 0o700
+    (made.path / "runtime").unlink()
+    assert made.recorded_runtime() == folder, "it is found without its record"
+    (made.path / "runtime").write_text("/etc\n")
+    assert made.recorded_runtime() == folder, "a record that names something else is not trusted"
+    made.remove_runtime()
+
+
+def test_a_folder_that_is_open_to_others_is_not_used_for_sockets(state: StateDir) -> None:
     folder = state.runtime()
     folder.chmod(0o777)
     elsewhere = state.runtime()
-    assert elsewhere != folder
     assert elsewhere.parent == Path("/tmp")
     state.remove_runtime()
     shutil.rmtree(folder)
@@ -146,6 +176,44 @@ def test_somebody_elses_folder_is_not_used(state: StateDir) -> None:
     target.mkdir(mode=0o700)
     folder.symlink_to(target)
     assert state.runtime() == elsewhere
+    state.remove_runtime()
+
+
+def tmp_candidate(made: StateDir) -> Path:
+    folder = made.runtime()
+    made.remove_runtime()
+    assert folder.parent == Path("/tmp")
+    return folder
+
+
+def test_a_link_in_tmp_is_refused_with_what_to_do(short: Path) -> None:
+    made = StateDir(short / ("x" * 90)).create()
+    folder = tmp_candidate(made)
+    (short / "target").mkdir(mode=0o700)
+    folder.symlink_to(short / "target")
+    try:
+        with pytest.raises(StateError, match=rf"{folder}: .*; remove what is there"):
+            made.runtime()
+        made.remove_runtime()
+        assert folder.is_symlink()
+        assert list((short / "target").iterdir()) == []
+    finally:
+        folder.unlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's folder")
+def test_another_users_folder_in_tmp_is_refused(short: Path) -> None:
+    made = StateDir(short / ("x" * 90)).create()
+    folder = tmp_candidate(made)
+    folder.mkdir(mode=0o700)
+    os.chown(folder, 65534, 65534)
+    try:
+        with pytest.raises(StateError, match="belongs to another user"):
+            made.runtime()
+        made.remove_runtime()
+        assert folder.exists()
+    finally:
+        folder.rmdir()
 
 
 def test_two_commands_cannot_work_on_one_farm(state: StateDir) -> None:

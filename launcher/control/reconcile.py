@@ -89,9 +89,14 @@ def decide(
         candidate = None
     wanted = rollout.wanted(current, candidate, memory)
     memory, surplus = _drain_surplus(wanted, memory, now)
-    memory, started = _start_next(current, candidate, memory, observed, examined, now)
+    memory, repeated = _start_again(current, candidate, memory, observed, now)
+    # A slot that becomes free in this round is not started before the next: its port, its memory
+    # and its leftovers were not looked at, or for another spec.
+    specs = _specs(current, candidate, memory)
+    fit = {id_: seen for id_, seen in observed.items() if (id_, specs.get(id_)) in examined}
+    memory, started = _start_next(current, candidate, memory, fit, now)
     return Decision(
-        _pruned(current, candidate, memory), (*actions, *surplus, *started), step.verdict
+        _pruned(current, candidate, memory), (*actions, *surplus, *repeated, *started), step.verdict
     )
 
 
@@ -151,9 +156,26 @@ def _repeated(id_: str, record: Record, seen: Observation) -> list[Action]:
         return [Action("kill", id_)]
     if seen.alive and record.state == "draining" and not seen.stopping:
         return [Action("drain", id_)]
-    if _never_started(record, seen):
-        return [Action("start", id_)]
     return []
+
+
+def _start_again(
+    current: Goal,
+    candidate: Goal | None,
+    memory: Memory,
+    observed: Mapping[str, Observation],
+    now: float,
+) -> tuple[Memory, list[Action]]:
+    """Repeat a start that was decided and did not happen, unless it has become pointless."""
+    specs, actions = _specs(current, candidate, memory), []
+    for id_, record in memory.records.items():
+        if not _never_started(record, observed.get(id_, Observation())):
+            continue
+        if record.spec == specs.get(id_):
+            actions.append(Action("start", id_))
+        else:
+            memory = memory.with_record(id_, replace(record, state="stopped", since=now))
+    return memory, actions
 
 
 def _ended(
@@ -203,15 +225,18 @@ def _drain_surplus(
     return memory, actions
 
 
-def _examined(current: Goal, candidate: Goal | None, memory: Memory) -> dict[str, str]:
-    """Return the slots whose port, memory and leftovers were looked at, and for which spec.
+def _examined(current: Goal, candidate: Goal | None, memory: Memory) -> frozenset[tuple[str, str]]:
+    """Return the slots that were looked at before this round as ones to start, each with the spec
+    for which it was."""
+    specs = _specs(current, candidate, memory)
+    return frozenset(item for item in specs.items() if memory.of(item[0]).state == "stopped")
 
-    Those that become free in this round are looked at before they are started in the next one.
-    """
+
+def _specs(current: Goal, candidate: Goal | None, memory: Memory) -> dict[str, str]:
+    """Return what each wanted slot would be started with now."""
     return {
         id_: rollout.goal_of(id_, current, candidate, memory).target(id_).spec
         for id_ in rollout.wanted(current, candidate, memory)
-        if memory.of(id_).state == "stopped"
     }
 
 
@@ -220,21 +245,20 @@ def _start_next(
     candidate: Goal | None,
     memory: Memory,
     observed: Mapping[str, Observation],
-    examined: Mapping[str, str],
     now: float,
 ) -> tuple[Memory, list[Action]]:
-    """Start one worker, if none is starting."""
+    """Start one worker, if none is starting. ``observed``: the slots that are fit for it."""
     if any(record.state == "starting" for record in memory.records.values()):
         return memory, []
     # Devices whose free memory is left to a worker of the candidate that waits for more of it.
     short: set[str] = set()
     for id_ in rollout.wanted(current, candidate, memory):
-        record, seen = memory.of(id_), observed.get(id_, Observation())
+        record, seen = memory.of(id_), observed.get(id_)
+        if seen is None:
+            continue
         goal = rollout.goal_of(id_, current, candidate, memory)
         due = record.state == "stopped" and record.retry_at <= now
         if not due or seen.alive or not seen.clear or _behind_another(goal, id_, memory):
-            continue
-        if examined.get(id_) != goal.target(id_).spec:
             continue
         device = goal.target(id_).device
         if goal is not candidate and device in short:

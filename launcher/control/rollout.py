@@ -152,12 +152,12 @@ def _failure(current: Goal, candidate: Goal | None, memory: Memory, now: float) 
         failed += [id_ for id_ in rollout.moving if _blocked(id_, current, memory, now)]
         failed += _without_cover(current, memory, now)
     else:
-        old = {target.spec for target in current.targets}
+        old = {id_: current.target(id_).spec for id_ in current.wanted}
         failed = [
             id_
             for id_ in wanted(current, candidate, memory)
             if goal_of(id_, current, candidate, memory) is candidate
-            and (spec := candidate.target(id_).spec) not in old
+            and (spec := candidate.target(id_).spec) != old.get(id_)
             and (
                 (memory.of(id_).spec == spec and memory.of(id_).gave_up)
                 or (spec not in memory.proven and _blocked(id_, candidate, memory, now))
@@ -193,6 +193,8 @@ def _given_up(
     back, actions = [], []
     for id_, record in memory.records.items():
         target = current.by_id.get(id_)
+        if record.waits_for:  # with another spec there may be room
+            memory = memory.with_record(id_, replace(record, waits_for="", error=""))
         if record.spec in ("", target.spec if target else ""):
             continue
         if record.state == "ready":
@@ -229,9 +231,8 @@ def _replace_next(current: Goal, candidate: Goal | None, memory: Memory, now: fl
     id_, pid = next(ended, rollout.pending[0] if rollout.pending else ("", 0))
     ids = [other for other in wanted(current, candidate, memory) if other != id_]
     others = [memory.of(other) for other in ids]
-    if devices := _short_of_room(current, candidate, memory, now):
-        if step := _make_room(current, candidate, memory, devices, now):
-            return step
+    if room := _make_room(current, candidate, memory, now):
+        return room
     if not id_ or rollout.moving:
         return Step(memory)
     record = memory.of(id_)
@@ -240,14 +241,13 @@ def _replace_next(current: Goal, candidate: Goal | None, memory: Memory, now: fl
         if candidate is not None and tried and not _is_proven(id_, candidate, memory):
             return Step(memory)
         return Step(_moving(memory, id_))
-    if record.pid != pid or record.state not in ("ready", "starting"):
-        return Step(memory)
     loading_in_vain = record.state == "starting" and not record.proven and candidate is not None
     calm = all(other.state == "ready" or _is_stuck(other, now) for other in others)
     covered = not others or any(other.state == "ready" for other in others)
-    if not (loading_in_vain or (calm and covered)):
-        return Step(memory)
-    return _drained(memory, id_, now)
+    is_it = record.pid == pid and record.state in ("ready", "starting")
+    if is_it and (loading_in_vain or (calm and covered)):
+        return _drained(memory, id_, now)
+    return Step(memory)
 
 
 def _moving(memory: Memory, id_: str) -> Memory:
@@ -275,15 +275,16 @@ def _short_of_room(
     return frozenset(device for device in devices if _is_quiet(device, memory, now, ROOM_SECONDS))
 
 
-def _make_room(
-    current: Goal, candidate: Goal | None, memory: Memory, devices: frozenset[str], now: float
-) -> Step | None:
+def _make_room(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> Step | None:
     """Memory is short for one more beside the old ones: end one that is to go anyway.
 
     The extra worker goes first, then one that the candidate has no slot for, then the next on the
     list. One at a time, and the last one that serves only where no other way is left. None where
-    nothing of this rollout holds memory there.
+    it is not short, or nothing of this rollout holds any of it.
     """
+    devices = _short_of_room(current, candidate, memory, now)
+    if not devices:
+        return None
     if any(record.state in ("starting", "draining") for record in memory.records.values()):
         return Step(memory)
     extra = memory.rollout.extra
