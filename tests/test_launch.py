@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from launcher.configuration.config import Settings, load
-from launcher.configuration.state import write_json
+from launcher.configuration.state import StateDir, write_json
 from launcher.planning.inventory import Device, Footprint, Host
 from launcher.planning.plan import Limits, plan
-from launcher.processes.launch import digest, filled, launch, launches, worker_spec
+from launcher.processes.farm import write_launch
+from launcher.processes.launch import digest, filled, launch, sources_digest, worker_spec
+from tests.farm_records import farm_of
 
 GPU = Device(id="GPU-1234", name="A card", kind="gpu", total=24 * 2**30, free=24 * 2**30)
 CPU = Device(id="cpu", name="CPU", kind="cpu", total=2**34, free=2**34)
@@ -83,19 +85,60 @@ def test_the_spec_is_json_and_names_the_files_folder(tmp_path: Path) -> None:
 
 
 def test_the_digest_changes_with_what_is_served_and_with_nothing_else(tmp_path: Path) -> None:
-    base = digest(settings(tmp_path), tmp_path)
-    assert digest(settings(tmp_path, port=9000), tmp_path) == base
-    assert digest(settings(tmp_path, workers__count=3), tmp_path) == base
+    def digested(text: str = "", device: Device = CPU, **changes: Any) -> str:
+        return digest(settings(tmp_path, text, **changes), device, "sources", tmp_path)
+
+    base = digested()
+    assert digested(port=9000) == base
+    assert digested(workers__count=3) == base
+    assert digested(workers__max=9) == base
+    assert digested(logs__backups=9) == base
+    assert digested(device=GPU) != base
+    assert digested(device=GPU) != digested(device=replace(GPU, id="GPU-5678"))
+    assert digested(device=GPU) == digested(device=replace(GPU, free=1, name="the same card"))
     changes: list[dict[str, Any]] = [
         {"workers__line": 3},
         {"workers__threads": 2},
         {"model__name": "other"},
+        {"workers__request_timeout": 33.0},
     ]
     for changed in changes:
-        assert digest(settings(tmp_path, **changed), tmp_path) != base
-    foreign = digest(settings(tmp_path, COMMAND), tmp_path)
-    assert foreign != base
-    assert digest(settings(tmp_path, COMMAND, workers__line=3), tmp_path) == foreign
+        assert digested(**changed) != base
+    assert digest(settings(tmp_path), CPU, "other sources", tmp_path) != base
+    external = digested(COMMAND)
+    assert external != base
+    assert digested(COMMAND, workers__line=3) == external
+
+
+def test_the_sources_digest_follows_the_models_own_files_and_no_others(tmp_path: Path) -> None:
+    (tmp_path / "package" / "deep").mkdir(parents=True)
+    for name in ("__init__", "model", "deep/part"):
+        (tmp_path / "package" / f"{name}.py").write_text("A = 1")
+    (tmp_path / "other.py").write_text("A = 1")
+    for target, files in [
+        ("package.model:M", ["package/model.py"]),
+        ("package:M", ["package/__init__.py", "package/deep/part.py"]),
+    ]:
+        given = settings(tmp_path, model__target=target)
+        for name in files:
+            before = sources_digest(given)
+            assert sources_digest(given) == before
+            (tmp_path / name).write_text(f"{before!r}")
+            assert sources_digest(given) != before, name
+        before = sources_digest(given)
+        (tmp_path / "other.py").write_text(f"{target!r}")
+        (tmp_path / "package" / "weights.bin").write_text(target)
+        assert sources_digest(given) == before
+
+
+def test_the_sources_of_an_external_server_are_the_files_that_its_command_names(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "s.py").write_text("1")
+    given = settings(tmp_path, COMMAND)
+    before = sources_digest(given)
+    (tmp_path / "s.py").write_text("2")
+    assert sources_digest(given) != before
 
 
 def test_only_our_placeholders_are_filled() -> None:
@@ -113,8 +156,10 @@ def state(tmp_path: Path) -> Path:
     )
     given = given.model_copy(update={"model": model})
     planned = plan([CPU], Footprint.given(2**20), Host(cores=1), Limits(count=1, max=2))
-    planned = planned.with_ports([21001, 21002])
-    write_json(tmp_path / "slots.json", launches(given, planned, tmp_path, tmp_path / "cache"))
+    farm = farm_of(given.model_copy(update={"state_dir": tmp_path}), planned)
+    StateDir(tmp_path).slots.mkdir()
+    for planned_slot in farm.plan.slots:
+        write_launch(farm, farm.current, planned_slot)
     return tmp_path
 
 
@@ -130,7 +175,7 @@ def slot(state: Path, number: str) -> subprocess.CompletedProcess[str]:
             "--slot",
             number,
         ],
-        env={**os.environ, "SUPERVISOR_SERVER_URL": "unix:///here"},
+        env={**os.environ, "GPUFARM_FARM": "/here"},
         cwd="/",
         capture_output=True,
         text=True,
@@ -145,7 +190,7 @@ def test_a_slot_becomes_its_worker(state: Path) -> None:
     assert folder == str(state)
     assert environment["GPUFARM_WORKER_ID"] == "w2"
     assert environment["GPUFARM_CACHE_DIR"] == str(state / "cache")
-    assert environment["SUPERVISOR_SERVER_URL"] == "unix:///here", "by which orphans are known"
+    assert environment["GPUFARM_FARM"] == "/here", "by which orphans are known"
 
 
 def test_a_slot_that_is_not_planned_is_3_and_one_line(state: Path) -> None:
@@ -157,18 +202,10 @@ def test_a_slot_that_is_not_planned_is_3_and_one_line(state: Path) -> None:
 
 @pytest.mark.parametrize("key", ["A=B", "NUL\0"])
 def test_what_no_process_can_be_given_is_3_and_one_line(state: Path, key: str) -> None:
-    made = json.loads((state / "slots.json").read_text())
-    made["w1"]["environment"][key] = "x"
-    write_json(state / "slots.json", made)
+    made = json.loads((state / "slots" / "w1.json").read_text())
+    made["environment"][key] = "x"
+    write_json(state / "slots" / "w1.json", made)
     done = slot(state, "1")
     assert done.returncode == 3, "it would fail the same way again"
     assert len(done.stderr.splitlines()) == 1
     assert "model.environment" in done.stderr
-
-
-def test_launches_follow_the_plan(tmp_path: Path) -> None:
-    devices = [GPU, replace(GPU, id="GPU-5678")]
-    planned = plan(devices, Footprint.given(2**30), Host(), Limits(count=2, max=4))
-    made = launches(settings(tmp_path), planned.with_ports(range(1, 5)), tmp_path, tmp_path)
-    seen = [made[f"w{n}"]["environment"]["CUDA_VISIBLE_DEVICES"] for n in (1, 2, 3, 4)]
-    assert seen == ["GPU-1234", "GPU-5678", "GPU-1234", "GPU-5678"]
