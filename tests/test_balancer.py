@@ -82,7 +82,7 @@ def front(prefix: Path, slots: int = 4, **changes: Any) -> Front:
         "host": "127.0.0.1",
         "port": free_port(),
         "upstreams": tuple(Upstream(name, port) for name, port in ports.items()),
-        "admin_port": free_port(),
+        "admin_socket": prefix / "admin.sock",
         "prefix": prefix,
         "version": nginx.version(nginx.find()),
         "request_timeout": 10.0,
@@ -285,8 +285,8 @@ def test_a_large_answer_arrives_whole(shared: Front) -> None:
 
 
 def test_the_admin_interface_cannot_be_reached(shared: Front) -> None:
-    """What the controller would answer at its port never comes out of the public one."""
-    with listener(shared.config.admin_port) as seen:
+    """What the controller would answer on its socket never comes out of the public port."""
+    with listener(shared.config.admin_socket) as seen:
         for path in ("/workers", "/workers/w1/drain", "/workers/../readyz", "//health", "/plan"):
             raw(shared, f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode())
         for path in ("/readyz?x=1", "/workers/../metrics", "/health"):
@@ -297,10 +297,12 @@ def test_the_admin_interface_cannot_be_reached(shared: Front) -> None:
 
 
 @contextmanager
-def listener(port: int) -> Iterator[list[bytes]]:
+def listener(path: Path) -> Iterator[list[bytes]]:
     """A controller that answers 200 to everything and remembers what it was asked."""
     seen: list[bytes] = []
-    server = socket.create_server(("127.0.0.1", port))
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(path))
+    server.listen()
 
     def answer() -> None:
         while True:
@@ -319,6 +321,7 @@ def listener(port: int) -> Iterator[list[bytes]]:
     finally:
         server.shutdown(socket.SHUT_RDWR)
         server.close()
+        path.unlink()
         thread.join()
 
 

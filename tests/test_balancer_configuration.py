@@ -28,7 +28,7 @@ def config(prefix: Path, **changes: object) -> BalancerConfig:
         host="127.0.0.1",
         port=8000,
         upstreams=(Upstream("w1", 20001), Upstream("w2", 20002), Upstream("w10", 20010)),
-        admin_port=20000,
+        admin_socket=Path("/run/farm/admin.sock"),
         prefix=prefix,
         version=(1, 22, 1),
     )
@@ -53,10 +53,16 @@ def test_the_controller_is_asked_for_the_farms_state_and_workers_only_without_it
     tmp_path: Path,
 ) -> None:
     status = render(config(tmp_path)).split("upstream status")[1].split("}")[0]
-    assert "127.0.0.1:20000 max_fails=0;" in status
+    assert 'server "unix:/run/farm/admin.sock" max_fails=0;' in status
     assert status.count("backup") == 3
     alone = render(config(tmp_path, status_fallback=False)).split("upstream status")[1]
     assert "backup" not in alone.split("}")[0]
+
+
+@pytest.mark.parametrize("character", [*";{}$\"'\\#:", "\n", "\0"])
+def test_a_socket_that_nginx_cannot_read_is_refused(tmp_path: Path, character: str) -> None:
+    with pytest.raises(ValueError, match="nginx cannot read"):
+        render(config(tmp_path, admin_socket=Path(f"/run/a{character}b/admin.sock")))
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,9 @@ import pytest
 
 from launcher.command.listing import curl_line
 from launcher.configuration.config import load
-from launcher.configuration.state import StateDir
 from launcher.planning.inventory import Footprint, Host
 from launcher.planning.plan import Limits, plan
-from launcher.processes.farm import Farm
+from tests.farm_records import farm_of
 
 HEAVY = ("torch", "onnxruntime", "starlette", "uvicorn", "rich.console", "jinja2", "psutil")
 COMMANDS = ("up", "down", "ps", "plan", "scale", "drain", "restart", "logs", "doctor")
@@ -63,7 +62,7 @@ def test_a_farm_is_tried_with_a_request_that_it_knows(
     (tmp_path / "gpufarm.toml").write_text(f'{text}\nmodel.target = "a:B"\n')
     settings = load(tmp_path / "gpufarm.toml", {}, {"HOME": str(tmp_path)})
     planned = plan([], Footprint.given(1), Host(), Limits())
-    farm = Farm(StateDir(tmp_path), settings, planned, 0, tmp_path)
+    farm = farm_of(settings, planned)
     words = shlex.split(curl_line(farm, {"workers": [{"health": {}}]}))
     assert words[1] == f"{farm.url}/predict"
     assert (json.loads(words[-1])["text"] if words[-1] != "…" else "…") == shown

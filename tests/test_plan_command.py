@@ -17,10 +17,9 @@ from rich.console import Console
 from launcher.command import plan_command, report
 from launcher.configuration.config import ConfigError, Settings, load
 from launcher.configuration.sizes import GIB
-from launcher.configuration.state import StateDir
 from launcher.planning.inventory import Device, Footprint, Host, Tenant
 from launcher.planning.plan import Limits, plan
-from launcher.processes.farm import Farm
+from tests.farm_records import farm_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -156,7 +155,7 @@ def test_a_running_farm_is_told_as_it_was_planned(
 ) -> None:
     card = Device("GPU-1", "L4", "gpu", 24 * GIB, 24 * GIB)
     planned = plan([card], Footprint.given(7 * GIB), Host(), Limits())
-    running = Farm(StateDir(settings.state_dir), settings, planned, 0, settings.state_dir)
+    running = farm_of(settings, planned)
     assert plan_command.run(settings, running=running) == 0
     out = capsys.readouterr().out
     assert "running farm" in out

@@ -15,6 +15,7 @@ from supervisor.options import ServerOptions
 from launcher.configuration.sources import ConfigError
 from launcher.processes.supervisor import (
     CONF,
+    MARK,
     Supervisor,
     SupervisorConfig,
     SupervisorError,
@@ -97,9 +98,14 @@ def test_a_path_that_the_file_cannot_carry_is_refused(name: str) -> None:
         render(config(Path("/x") / name))
 
 
-def test_processes_inherit_no_configuration_and_no_other_supervisor() -> None:
+def test_processes_inherit_no_configuration_and_no_other_supervisor_but_their_farms_mark(
+    tmp_path: Path,
+) -> None:
     given = {"PATH": "/bin", "GPUFARM_PORT": "1", "SUPERVISOR_SERVER_URL": "unix:///x", "A": "b"}
-    assert environment(given) == {"PATH": "/bin", "A": "b"}
+    kept = {"PATH": "/bin", "A": "b", "GPUFARM_FARM": str(tmp_path)}
+    assert environment(tmp_path, given) == kept
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert environment(tmp_path / "link", given | {MARK: "/another"}) == kept
 
 
 SIMPLE = """
@@ -107,6 +113,8 @@ SIMPLE = """
 file = {socket}
 [rpcinterface:supervisor]
 supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
+[rpcinterface:farm]
+supervisor.rpcinterface_factory = launcher.processes.supervisor_interface:make_interface
 [supervisord]
 nodaemon = true
 silent = true
@@ -132,7 +140,7 @@ def test_talking_to_a_real_supervisord(tmp_path: Path) -> None:
     assert not supervisor.alive()
     with pytest.raises(SupervisorError, match="does not answer"):
         supervisor.processes()
-    process = subprocess.Popen(command(tmp_path), env=environment())
+    process = subprocess.Popen(command(tmp_path), env=environment(tmp_path))
     try:
         until(supervisor.alive, "supervisord answers")
         assert supervisor.pid() == process.pid
