@@ -16,9 +16,9 @@ from launcher.configuration.config import Settings, load
 from launcher.configuration.state import StateDir, write_json
 from launcher.planning.inventory import Device, Footprint, Host
 from launcher.planning.plan import Limits, plan
-from launcher.processes import farm as farms
-from launcher.processes.farm import Farm, Generation
+from launcher.processes.farm import write_launch
 from launcher.processes.launch import digest, filled, launch, sources_digest, worker_spec
+from tests.farm_records import farm_of
 
 GPU = Device(id="GPU-1234", name="A card", kind="gpu", total=24 * 2**30, free=24 * 2**30)
 CPU = Device(id="cpu", name="CPU", kind="cpu", total=2**34, free=2**34)
@@ -86,48 +86,62 @@ def test_the_spec_is_json_and_names_the_files_folder(tmp_path: Path) -> None:
     assert spec["model"]["args"] == {"size": 3}
 
 
-def digest_of(
-    tmp_path: Path, text: str = "", device: Device = CPU, sources: str = "", **overrides: Any
-) -> str:
-    return digest(settings(tmp_path, text, **overrides), device, sources, tmp_path)
-
-
 def test_the_digest_changes_with_what_is_served_and_with_nothing_else(tmp_path: Path) -> None:
-    base = digest_of(tmp_path)
-    assert digest_of(tmp_path, port=9000) == base
-    assert digest_of(tmp_path, workers__count=3) == base
+    def digested(text: str = "", device: Device = CPU, **changes: Any) -> str:
+        return digest(settings(tmp_path, text, **changes), device, "sources", tmp_path)
+
+    base = digested()
+    assert digested(port=9000) == base
+    assert digested(workers__count=3) == base
+    assert digested(workers__max=9) == base
+    assert digested(logs__backups=9) == base
+    assert digested(device=GPU) != base
+    assert digested(device=GPU) != digested(device=replace(GPU, id="GPU-5678"))
+    assert digested(device=GPU) == digested(device=replace(GPU, free=1, name="the same card"))
     changes: list[dict[str, Any]] = [
         {"workers__line": 3},
         {"workers__threads": 2},
-        {"logs__format": "json"},
         {"model__name": "other"},
-        {"device": GPU},
-        {"sources": "edited"},
+        {"workers__request_timeout": 33.0},
+        {"logs__format": "json"},
     ]
     for changed in changes:
-        assert digest_of(tmp_path, **changed) != base
-    assert digest_of(tmp_path, device=GPU) != digest_of(tmp_path, device=replace(GPU, id="GPU-2"))
-    external = digest_of(tmp_path, COMMAND)
+        assert digested(**changed) != base
+    assert digest(settings(tmp_path), CPU, "other sources", tmp_path) != base
+    external = digested(COMMAND)
     assert external != base
-    assert digest_of(tmp_path, COMMAND, workers__line=3) == external
+    assert digested(COMMAND, workers__line=3) == external
 
 
-def test_the_models_own_source_has_a_digest_and_its_arguments_do_not_count(tmp_path: Path) -> None:
-    source, weights = tmp_path / "mine.py", tmp_path / "weights.bin"
-    source.write_text("class Mine: ...")
-    weights.write_bytes(b"1")
-    given = settings(tmp_path, f'model.target = "mine:Mine"\nmodel.args = {{ path = "{weights}" }}')
+def test_the_sources_digest_follows_the_models_own_files_and_no_others(tmp_path: Path) -> None:
+    (tmp_path / "package" / "deep").mkdir(parents=True)
+    for name in ("__init__", "model", "deep/part"):
+        (tmp_path / "package" / f"{name}.py").write_text("A = 1")
+    (tmp_path / "other.py").write_text("A = 1")
+    for target, files in [
+        ("package.model:M", ["package/model.py"]),
+        ("package:M", ["package/__init__.py", "package/deep/part.py"]),
+    ]:
+        given = settings(tmp_path, model__target=target)
+        for name in files:
+            before = sources_digest(given)
+            assert sources_digest(given) == before
+            (tmp_path / name).write_text(f"{before!r}")
+            assert sources_digest(given) != before, name
+        before = sources_digest(given)
+        (tmp_path / "other.py").write_text(f"{target!r}")
+        (tmp_path / "package" / "weights.bin").write_text(target)
+        assert sources_digest(given) == before
+
+
+def test_the_sources_of_an_external_server_are_the_files_that_its_command_names(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "s.py").write_text("1")
+    given = settings(tmp_path, COMMAND)
     before = sources_digest(given)
-    weights.write_bytes(b"2")
-    assert sources_digest(given) == before
-    source.write_text("class Mine: pass")
+    (tmp_path / "s.py").write_text("2")
     assert sources_digest(given) != before
-    script = tmp_path / "serve.py"
-    script.write_text("1")
-    command = 'model.command = ["python", "serve.py", "{port}"]\nfootprint.bytes = "1MiB"'
-    before = sources_digest(settings(tmp_path, command))
-    script.write_text("2")
-    assert sources_digest(settings(tmp_path, command)) != before
 
 
 def test_only_our_placeholders_are_filled() -> None:
@@ -145,18 +159,11 @@ def state(tmp_path: Path) -> Path:
     )
     given = given.model_copy(update={"model": model})
     planned = plan([CPU], Footprint.given(2**20), Host(cores=1), Limits(count=1, max=2))
-    write_launches(tmp_path, Generation(1, given, planned.with_ports([21001, 21002]), ""))
+    farm = farm_of(given.model_copy(update={"state_dir": tmp_path}), planned)
+    StateDir(tmp_path).slots.mkdir()
+    for planned_slot in farm.plan.slots:
+        write_launch(farm, farm.current, planned_slot)
     return tmp_path
-
-
-def write_launches(state: Path, generation: Generation) -> list[dict[str, Any]]:
-    """Write how every slot's worker is started, and read it."""
-    ports = tuple(slot.port for slot in generation.plan.slots)
-    farm = Farm(StateDir(state), generation, ports)
-    for slot in generation.plan.slots:
-        farms.write_launch(farm, generation, slot)
-    files = [state / "slots" / f"{slot.id}.json" for slot in generation.plan.slots]
-    return [json.loads(file.read_text()) for file in files]
 
 
 def slot(state: Path, number: str) -> subprocess.CompletedProcess[str]:
@@ -171,7 +178,7 @@ def slot(state: Path, number: str) -> subprocess.CompletedProcess[str]:
             "--slot",
             number,
         ],
-        env={**os.environ, "SUPERVISOR_SERVER_URL": "unix:///here"},
+        env={**os.environ, "GPUFARM_FARM": "/here"},
         cwd="/",
         capture_output=True,
         text=True,
@@ -186,7 +193,7 @@ def test_a_slot_becomes_its_worker(state: Path) -> None:
     assert folder == str(state)
     assert environment["GPUFARM_WORKER_ID"] == "w2"
     assert environment["GPUFARM_CACHE_DIR"] == str(state / "cache")
-    assert environment["SUPERVISOR_SERVER_URL"] == "unix:///here", "by which orphans are known"
+    assert environment["GPUFARM_FARM"] == "/here", "by which orphans are known"
 
 
 def test_a_slot_that_is_not_planned_is_3_and_one_line(state: Path) -> None:
@@ -198,24 +205,10 @@ def test_a_slot_that_is_not_planned_is_3_and_one_line(state: Path) -> None:
 
 @pytest.mark.parametrize("key", ["A=B", "NUL\0"])
 def test_what_no_process_can_be_given_is_3_and_one_line(state: Path, key: str) -> None:
-    file = state / "slots" / "w1.json"
-    made = json.loads(file.read_text())
+    made = json.loads((state / "slots" / "w1.json").read_text())
     made["environment"][key] = "x"
-    write_json(file, made)
+    write_json(state / "slots" / "w1.json", made)
     done = slot(state, "1")
     assert done.returncode == 3, "it would fail the same way again"
     assert len(done.stderr.splitlines()) == 1
     assert "model.environment" in done.stderr
-
-
-def test_launches_follow_the_plan(tmp_path: Path) -> None:
-    devices = [GPU, replace(GPU, id="GPU-5678")]
-    planned = plan(devices, Footprint.given(2**30), Host(), Limits(count=2, max=4))
-    generation = Generation(1, settings(tmp_path), planned.with_ports(range(1, 5)), "")
-    made = write_launches(tmp_path, generation)
-    given = [launch["environment"]["CUDA_VISIBLE_DEVICES"] for launch in made]
-    assert given == ["GPU-1234", "GPU-5678", "GPU-1234", "GPU-5678"]
-    files = [path for path in tmp_path.rglob("*.json") if path.parent.name in ("slots", "specs")]
-    before = {path: path.stat().st_mtime_ns for path in files}
-    write_launches(tmp_path, generation)
-    assert {path: path.stat().st_mtime_ns for path in files} == before, "nothing was written"

@@ -15,6 +15,7 @@ from supervisor.options import ServerOptions
 from launcher.configuration.sources import ConfigError
 from launcher.processes.supervisor import (
     CONF,
+    MARK,
     Supervisor,
     SupervisorConfig,
     SupervisorError,
@@ -97,12 +98,14 @@ def test_a_path_that_the_file_cannot_carry_is_refused(name: str) -> None:
         render(config(Path("/x") / name))
 
 
-def test_processes_inherit_the_farms_mark_but_no_configuration_and_no_other_supervisor(
+def test_processes_inherit_no_configuration_and_no_other_supervisor_but_their_farms_mark(
     tmp_path: Path,
 ) -> None:
     given = {"PATH": "/bin", "GPUFARM_PORT": "1", "SUPERVISOR_SERVER_URL": "unix:///x", "A": "b"}
-    marked = {"PATH": "/bin", "A": "b", "GPUFARM_FARM": str(tmp_path.resolve())}
-    assert environment(tmp_path, given) == marked
+    kept = {"PATH": "/bin", "A": "b", "GPUFARM_FARM": str(tmp_path)}
+    assert environment(tmp_path, given) == kept
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert environment(tmp_path / "link", given | {MARK: "/another"}) == kept
 
 
 SIMPLE = """

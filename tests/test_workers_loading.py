@@ -94,7 +94,7 @@ def test_a_class_beside_the_configuration_is_enough(
         (f"{FAULTY}:WarmUpFails", {}, ["warm_up() failed: RuntimeError: no kernel image"]),
         (f"{FAULTY}:Exits", {}, ["setup", "SystemExit"]),
         (f"{FAULTY}:HealthFails", {}, ["health() failed: TypeError", "gave a list; a dict"]),
-        (f"{FAULTY}:LongestFails", {}, ["longest_request() failed: TypeError", "gave a list"]),
+        (f"{FAULTY}:LongestFails", {}, ["longest_request() failed: TypeError", "gave a str"]),
         (f"{FAULTY}:NoVoices", {}, ["voices is []", "at least one"]),
         ("tests.models.speech:Hum", {"sample_rate": 16000.5}, ["sample_rate is 16000.5"]),
     ],

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from launcher.configuration.state import StateDir, read_json, write_json
-from launcher.control.desired import Desired, Memory, Record, Rollout
+from launcher.control.desired import Desired, Memory
+
+MEMORY = TypeAdapter(Memory)
 
 
 @dataclass(frozen=True)
@@ -44,20 +49,9 @@ def _desired(data: dict[str, Any]) -> Desired:
 
 
 def _memory(data: Any) -> Memory:
-    """The slots are observed again anyway, so what cannot be read is left out."""
+    """The slots are observed again anyway, so what makes no sense is left out as a whole: one
+    wrong value would fail every round."""
     try:
-        found = data["rollout"]
-        return Memory(
-            records={name: Record(**record) for name, record in data["records"].items()},
-            rollout=Rollout(
-                pending=tuple((name, int(pid)) for name, pid in found["pending"]),
-                moving=tuple(found["moving"]),
-                extra=found["extra"],
-                no_extra=found["no_extra"],
-                error=found["error"],
-            ),
-            proven=frozenset(data["proven"]),
-            replaced=data["replaced"],
-        )
-    except (KeyError, TypeError, ValueError, AttributeError):
+        return MEMORY.validate_json(json.dumps(data), strict=True)
+    except (ValidationError, ValueError):
         return Memory()
