@@ -123,7 +123,7 @@ def _ended_like_by_ctrl_c() -> Iterator[None]:
 def command() -> list[str]:
     beside = Path(sys.executable).with_name("gpufarm")
     found = str(beside) if beside.exists() else shutil.which("gpufarm")
-    return [found] if found else [sys.executable, "-m", "launcher.command"]
+    return [found] if found else [sys.executable, "-m", "launcher.cli"]
 
 
 def _gpufarm(

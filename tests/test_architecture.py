@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+from tests.repository import REPOSITORY
+
 MAY_IMPORT = {
     "balancer": set(),
     "launcher": {"balancer"},
@@ -23,14 +24,27 @@ MAY_IMPORT = {
     "workers": set(),
 }
 """Package → the packages of ours that it may import, beside itself."""
-LAUNCHER = {
-    "configuration": set(),
-    "planning": {"configuration"},
-    "processes": {"configuration", "planning"},
-    "control": {"configuration", "planning", "processes"},
-    "command": {"configuration", "planning", "processes"},
+ROOMS: dict[str, dict[str, set[str]]] = {
+    "launcher": {
+        "config": set(),
+        "planning": {"config"},
+        "supervision": {"config", "planning"},
+        "controller": {"config", "planning", "supervision"},
+        "cli": {"config", "planning", "supervision"},
+    },
+    "workers": {
+        "device_errors": set(),
+        "errors": {"device_errors"},
+        "logs": set(),
+        "engines": {"errors", "logs"},
+        "model": {"device_errors", "engines", "errors", "logs"},
+        "queueing": {"device_errors", "model", "errors", "logs"},
+        "models": {"model", "engines", "errors", "logs"},
+        "http": {"queueing", "model", "errors", "logs"},
+        "process": {"http", "queueing", "model", "errors", "logs"},
+    },
 }
-"""Folder of the launcher → the others that it may import."""
+"""Package → its folders (and files beside them) → the others that each may import."""
 SHIPPED = ("balancer", "launcher", "loadtest", "workers")
 UNDECLARED = {"fastapi", "a_module_that_does_not_exist"}
 """Imported in tests: fastapi comes with litserve, as it does for litserve's users."""
@@ -85,20 +99,30 @@ def test_packages_import_only_what_they_may(package: str) -> None:
     assert not found
 
 
-def test_the_launcher_has_no_other_folders() -> None:
-    inner = {path.relative_to(REPOSITORY / "launcher") for path in sources("launcher")}
-    assert {path.parts[0] for path in inner} == {*LAUNCHER, "__init__.py"}
+def rooms_of(package: str) -> dict[str, list[Path]]:
+    """The folders of a package, and the files beside them, by name."""
+    found: dict[str, list[Path]] = {}
+    for path in sources(package):
+        parts = path.relative_to(REPOSITORY / package).parts
+        found.setdefault(parts[0].removesuffix(".py"), []).append(path)
+    return found
 
 
-@pytest.mark.parametrize("folder", LAUNCHER)
-def test_folders_of_the_launcher_import_only_what_they_may(folder: str) -> None:
-    """The command asks the controller by HTTP; neither imports the other."""
-    allowed = {folder, *LAUNCHER[folder]}
+@pytest.mark.parametrize("package", ROOMS)
+def test_a_package_has_no_other_rooms(package: str) -> None:
+    entry_points = {"__init__", "__main__"}
+    assert set(rooms_of(package)) - entry_points == set(ROOMS[package])
+
+
+@pytest.mark.parametrize(("package", "room"), [(p, room) for p in ROOMS for room in ROOMS[p]])
+def test_rooms_import_only_what_they_may(package: str, room: str) -> None:
+    """The command line asks the controller by HTTP; neither imports the other."""
+    allowed = {room, *ROOMS[package][room]}
     found = {
         module: str(path)
-        for path in sources(f"launcher/{folder}")
+        for path in rooms_of(package)[room]
         for module in imported(path)
-        if module.partition(".")[0] == "launcher" and module.split(".")[1] not in allowed
+        if module.startswith(f"{package}.") and module.split(".")[1] not in allowed
     }
     assert not found
 

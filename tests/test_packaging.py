@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.configuration.config import Settings, WorkersSettings
-from launcher.processes.supervisor import GRACE_AFTER_REQUEST
+from launcher.config.settings import Settings, WorkersSettings
+from launcher.supervision.supervisord import GRACE_AFTER_REQUEST
+from tests.repository import REPOSITORY
 
-REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("balancer", "launcher", "loadtest", "workers")
 LARGEST_WHEEL = 40 * 10**6
 """Bytes; the demo voice is most of it."""
@@ -54,7 +54,7 @@ def test_the_wheel_holds_every_tracked_file(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
     assert {
         "balancer/templates/nginx.conf.j2",
-        "launcher/processes/templates/supervisord.conf.j2",
+        "launcher/supervision/templates/supervisord.conf.j2",
     } <= wanted
     assert not wanted - held
 
@@ -62,7 +62,7 @@ def test_the_wheel_holds_every_tracked_file(wheel: Path) -> None:
 def test_the_wheel_has_a_command_and_a_licence(wheel: Path) -> None:
     files = zipfile.ZipFile(wheel)
     (points,) = (name for name in files.namelist() if name.endswith("entry_points.txt"))
-    assert "gpufarm = launcher.command.__main__:main" in files.read(points).decode()
+    assert "gpufarm = launcher.cli.__main__:main" in files.read(points).decode()
     assert any(name.endswith("licenses/LICENSE") for name in files.namelist())
     assert {name.partition("/")[0] for name in files.namelist()} == {
         *PACKAGES,

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from training import recipe
-from workers.voice.codec_decoder import CodecDecoder
-from workers.voice.spectrum import HOP, STEPS
+from workers.models.voice.codec_decoder import CodecDecoder
+from workers.models.voice.spectrum import HOP, STEPS
 
 FRAMES = 32  # of a training segment
 MARGIN = 4  # frames at each end that the loss does not see

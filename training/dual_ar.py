@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from training import recipe
-from workers.voice.dual_ar import DualAR, DualARConfig
-from workers.voice.phones import SIGNS
-from workers.voice.spectrum import HOP, SAMPLE_RATE
-from workers.voice.timing import Timing, timing
+from workers.models.voice.dual_ar import DualAR, DualARConfig
+from workers.models.voice.phones import SIGNS
+from workers.models.voice.spectrum import HOP, SAMPLE_RATE
+from workers.models.voice.timing import Timing, timing
 
 FAST_SHARE = 0.3  # of the frames, that the fast transformer learns from in a step
 FORGET, CONFUSE = 0.2, 0.05  # of previous frames, of single codes: see ``previous``

@@ -24,9 +24,9 @@ from training import recipe
 from training.corpus import HELD_OUT, say
 from training.features import log_mel, pitch
 from training.quantiser import frames_of, nearest
-from workers.contract import SpeechRequest, Work
-from workers.voice import Voice
-from workers.voice.codec_decoder import PITCH_BOOK
+from workers.model.contract import SpeechRequest, Work
+from workers.models.voice import Voice
+from workers.models.voice.codec_decoder import PITCH_BOOK
 
 WORD = re.compile(r"[a-z']+")
 HOTTEST = 2.0  # temperature that the voice takes

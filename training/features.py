@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from training import recipe
 from training.corpus import SAMPLE_RATE, shards
-from workers.voice.spectrum import FLOOR, HOP, N_FFT, WINDOW, mel_filters, window
+from workers.models.voice.spectrum import FLOOR, HOP, N_FFT, WINDOW, mel_filters, window
 
 F0_FLOOR, F0_CEIL = 90, 300  # Hz: the teacher speaks between about 120 and 260
 CORRELATED = 640  # samples that are compared with those a period later: 40 ms

@@ -21,11 +21,11 @@ from pathlib import Path
 
 from training import recipe
 from training.corpus import WORDS, shards
-from workers.voice.phones import PAUSE, PHONE_ID, Phone, place
+from workers.models.voice.phones import PAUSE, PHONE_ID, Phone, place
 
 Spoken = tuple[str, ...]  # phones, a stressed vowel with a 1 behind it
 WORD = re.compile(r"[a-z]+(?:'[a-z]+)*'?")
-DATA = Path(__file__).parent.parent / "workers" / "voice" / "data"
+DATA = Path(__file__).parent.parent / "workers" / "models" / "voice" / "data"
 
 
 def spell(word: str) -> Spoken:

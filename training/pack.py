@@ -1,4 +1,4 @@
-"""Put what training made where the voice loads it from: ``workers/voice/data``.
+"""Put what training made where the voice loads it from: ``workers/models/voice/data``.
 
 python -m training.pack --out build/voice
 """
@@ -11,9 +11,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from training import recipe
-from workers.voice.weights import DATA, WeightsError, load
+from workers.models.voice.weights import DATA, WeightsError, load
 
-COPIED = ("dual_ar.safetensors", "codec_decoder.onnx", "spelling.safetensors")
+COPIED = ("dual_ar.safetensors", "codec_decoder.onnx", "g2p.safetensors")
 
 
 @recipe.step(WeightsError)

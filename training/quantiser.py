@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from training import recipe
-from workers.voice.spectrum import N_MELS, STEPS
+from workers.models.voice.spectrum import N_MELS, STEPS
 
 NUM_CODEBOOKS = 7
 CODEBOOK_SIZE = 512

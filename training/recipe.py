@@ -21,7 +21,7 @@ _MADE_BY = {
     "quantiser.safetensors": (4, "quantiser", "--out"),
     "codec_decoder.onnx": (5, "codec_decoder", "--out"),
     "codec_decoder.safetensors": (5, "codec_decoder", "--out"),
-    "spelling.safetensors": (6, "spelling", "--out"),
+    "g2p.safetensors": (6, "g2p", "--out"),
     "dual_ar.safetensors": (7, "dual_ar", "--out"),
 }
 """Each file: the step that makes it, and the option that says where."""

@@ -1,9 +1,12 @@
-"""The errors of a worker: those that a caller reads, and the one that ends its start."""
+"""The errors of a worker: what a caller reads, what ends its start, and what a model raised."""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from typing import Any
+
+from workers.device_errors import is_sticky
 
 
 class LoadError(Exception):
@@ -71,3 +74,29 @@ def unknown(kind: str, name: str, known: list[str]) -> ApiError:
         code=f"{kind}_not_found",
         param=kind,
     )
+
+
+class Cancelled(Exception):  # noqa: N818 - an answer, not a fault
+    """The caller has left or the deadline has passed; the work is to be dropped."""
+
+
+class InvalidRequest(ValueError):  # noqa: N818 - the name says what it is to its reader
+    """A model's way of refusing a request: answered as 400 with this message."""
+
+
+class ModelFailed(Exception):  # noqa: N818 - says who failed
+    """The model raised what it should not have. ``trace`` is for the log, never for a caller."""
+
+    def __init__(self, kind: str, trace: str, sticky: bool) -> None:
+        super().__init__(kind)
+        self.kind = kind
+        self.trace = trace
+        self.sticky = sticky
+
+
+def reduced(error: BaseException) -> Exception:
+    """The same error without its frames, which would keep the request's tensors alive."""
+    if isinstance(error, InvalidRequest | ApiError | Cancelled):
+        return error.with_traceback(None)
+    trace = "".join(traceback.format_exception(error))
+    return ModelFailed(type(error).__name__, trace, is_sticky(error))

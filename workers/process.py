@@ -17,18 +17,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from workers import logs
-from workers.admission import Line
-from workers.app import build_app
-from workers.board import Board
 from workers.errors import LoadError
-from workers.health import HealthReports
+from workers.http.app import build_app
+from workers.http.metrics import Metrics
+from workers.http.server import PortTaken, Server, reserve
+from workers.http.state import Worker
 from workers.logs import log
-from workers.metrics import Metrics
-from workers.served import load
-from workers.server import PortTaken, Server, reserve
-from workers.spec import Spec, read_spec
-from workers.watch import watch
-from workers.worker import Worker
+from workers.model.loader import load
+from workers.model.spec import Spec, read_spec
+from workers.queueing.crash_guard import Board
+from workers.queueing.health import HealthReports
+from workers.queueing.queue import Line
+from workers.queueing.watchdog import watch
 
 EXIT_FAILED = 1
 EXIT_CANNOT_LOAD = 3

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from launcher.configuration.sizes import parse_size_with_unit
-from launcher.configuration.sources import ConfigError
+from launcher.config.sizes import parse_size_with_unit
+from launcher.config.sources import ConfigError
 from launcher.planning.inventory import Device, Host
 from launcher.planning.nvml import Driver, Nvml
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from launcher.configuration.config import ProbeRequest
-from launcher.configuration.sizes import MIB
+from launcher.config.settings import ProbeRequest
+from launcher.config.sizes import MIB
 from launcher.planning.inventory import Footprint
 from launcher.planning.sampling import Sampler, Watch
 

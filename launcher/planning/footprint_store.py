@@ -20,8 +20,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from launcher.configuration.config import Settings
-from launcher.configuration.state import StateDir, read_json, set_aside, write_json
+from launcher.config.settings import Settings
+from launcher.config.state import StateDir, read_json, set_aside, write_json
 from launcher.planning.inventory import Device, Footprint
 
 PACKAGES = ("gpufarm", "torch", "onnxruntime", "onnxruntime-gpu", "transformers", "tensorrt")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from launcher.configuration.sizes import GIB, format_size
+from launcher.config.sizes import GIB, format_size
 from launcher.planning.inventory import Device, Footprint, Host
 
 Count = Literal["auto"] | int

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import psutil
 
-from launcher.configuration.sizes import MIB
+from launcher.config.sizes import MIB
 from launcher.planning.nvml import Driver
 
 INTERVAL = 0.05

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from launcher.configuration.config import Settings
-from launcher.configuration.sizes import format_size
-from launcher.configuration.state import StateDir
+from launcher.config.settings import Settings
+from launcher.config.sizes import format_size
+from launcher.config.state import StateDir
 from launcher.planning import host as hosts
 from launcher.planning.footprint import (
     DisturbedError,

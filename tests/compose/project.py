@@ -12,9 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tests.repository import REPOSITORY
 from tests.waiting import free_port, until
 
-REPOSITORY = Path(__file__).parent.parent.parent
 FARMS = Path(__file__).parent / "farms"
 COMMAND_SECONDS = 300
 READY_SECONDS = 120

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.compose.conftest import INSIDE
+from tests.repository import REPOSITORY
 
-REPOSITORY = Path(__file__).parent.parent.parent
 TOOL = "GPUFARM_TEST_COMPOSE"
 NO_ENGINE = 77
 DEADLINE_SECONDS = 40 * 60

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import psutil
 
-from launcher.processes.unix_http import UnixConnection
+from launcher.supervision.unix_http import UnixConnection
 from tests.steady import Load, steady
 from tests.waiting import free_port, until
 
@@ -61,7 +61,7 @@ class FarmUnderTest:
         (self.folder / "gpufarm.toml").write_text(text)
 
     def command(self, *arguments: str) -> list[str]:
-        return self.python("-P", "-m", "launcher.command", *arguments)
+        return self.python("-P", "-m", "launcher.cli", *arguments)
 
     def python(self, *arguments: str) -> list[str]:
         return [*self.command_prefix, self.interpreter, *arguments]
@@ -139,7 +139,7 @@ class FarmUnderTest:
 
     def wait_for_another_controller(self, old: int) -> None:
         """Until the successor of a killed controller has looked around."""
-        until(lambda: self.pid_of("launcher.control") not in (0, old), "a new controller")
+        until(lambda: self.pid_of("launcher.controller") not in (0, old), "a new controller")
         until(lambda: self.admin("GET", "/workers").json()["settled"], "it has looked around")
 
     def load(

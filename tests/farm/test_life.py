@@ -86,7 +86,7 @@ def test_down_after_the_supervisor_was_killed() -> None:
     with new_farm() as farm, psutil.Popen(["sleep", "100"]) as stranger:
         try:
             farm.run("up")
-            os.kill(farm.pid_of("launcher.processes.supervising"), signal.SIGKILL)
+            os.kill(farm.pid_of("launcher.supervision.run_supervisord"), signal.SIGKILL)
             assert httpx.post(f"{farm.url}/work").status_code == 200, "requests still flow"
             farm.run("down")
             leaves_nothing(farm)
@@ -187,10 +187,10 @@ def test_a_killed_farm_takes_a_count_that_has_changed_since() -> None:
     with new_farm(workers="count = 2") as farm:
         farm.run("up")
         farm.run("scale", "3")
-        os.kill(farm.pid_of("launcher.processes.supervising"), signal.SIGKILL)
+        os.kill(farm.pid_of("launcher.supervision.run_supervisord"), signal.SIGKILL)
         farm.run("up")
         assert len(farm.states()) == 3, "what was scaled lasts until `down`"
-        os.kill(farm.pid_of("launcher.processes.supervising"), signal.SIGKILL)
+        os.kill(farm.pid_of("launcher.supervision.run_supervisord"), signal.SIGKILL)
         farm.configure(foreign(farm.port, workers="count = 1"))
         farm.run("up")
         assert len(farm.states()) == 1, "the count in the file has changed since"
@@ -226,7 +226,7 @@ def test_a_port_that_was_taken_while_it_was_not_held_is_reported_and_waited_for(
     with new_farm(workers="count = 1") as farm:
         farm.run("up")
         port = farm.generation()["plan"]["slots"][1]["port"]
-        old = farm.pid_of("launcher.control")
+        old = farm.pid_of("launcher.controller")
         os.kill(old, signal.SIGKILL)
         taken = until(lambda: _listener(port), "the port is free for a moment", every=0.001)
         assert taken is not None

@@ -53,7 +53,13 @@ def test_a_farm_whose_records_are_lost_can_be_ended_and_replaced(damage: str) ->
         farm.run("up")
         assert set(farm.states().values()) == {"ready"}
         assert (
-            len([p for p in farm.processes() if "launcher.processes.supervising" in p.cmdline()])
+            len(
+                [
+                    p
+                    for p in farm.processes()
+                    if "launcher.supervision.run_supervisord" in p.cmdline()
+                ]
+            )
             == 1
         )
 
@@ -74,7 +80,7 @@ def test_a_farm_whose_directory_was_removed_can_be_ended(command: str) -> None:
 def test_nginx_is_known_without_its_record() -> None:
     with new_farm(workers="count = 1") as farm:
         farm.run("up")
-        os.kill(farm.pid_of("launcher.processes.supervising"), signal.SIGKILL)
+        os.kill(farm.pid_of("launcher.supervision.run_supervisord"), signal.SIGKILL)
         (farm.state / processes.RECORD).unlink()
         old = processes.all_members(farm.state)
         assert old
@@ -88,11 +94,11 @@ def test_wishes_that_make_no_sense_are_not_wished() -> None:
         desired = farm.state / "desired.json"
         for nonsense in ('{"count": "many", "drained": 7}', "[1]", "nul"):
             desired.write_text(nonsense)
-            old = farm.pid_of("launcher.control")
+            old = farm.pid_of("launcher.controller")
             os.kill(old, signal.SIGKILL)
             farm.wait_for_another_controller(old)
             assert farm.states() == {"w1": "ready"}
-        os.kill(farm.pid_of("launcher.processes.supervising"), signal.SIGKILL)
+        os.kill(farm.pid_of("launcher.supervision.run_supervisord"), signal.SIGKILL)
         desired.write_text('{"count": "many", "drained": 7}')
         assert "no supervisor" in farm.run("ps", expect=4).stderr
         farm.run("up")
@@ -107,7 +113,7 @@ def test_a_full_disk_stops_neither_requests_nor_replacements() -> None:
         at = FarmUnderTestAt(farm.folder, farm.port)
         try:
             at.run("up")
-            supervisor = at.pid_of("launcher.processes.supervising")
+            supervisor = at.pid_of("launcher.supervision.run_supervisord")
             fill(disk)
             told = at.run("scale", "1", expect=1).stderr
             assert "the disk is full" in told
@@ -116,7 +122,7 @@ def test_a_full_disk_stops_neither_requests_nor_replacements() -> None:
             os.kill(victim, signal.SIGKILL)
             until(lambda: at.pids().get("w1") not in (None, victim), "a successor")
             at.wait_for(w1="ready", w2="ready")
-            assert at.pid_of("launcher.processes.supervising") == supervisor
+            assert at.pid_of("launcher.supervision.run_supervisord") == supervisor
             assert httpx.post(f"{at.url}/work", timeout=20).status_code == 200
             assert "the disk is full" in json.dumps(at.admin("GET", "/workers").json()["problem"])
             (disk / "full").unlink()

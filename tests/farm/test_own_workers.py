@@ -150,7 +150,7 @@ def test_health_and_metrics_come_from_every_worker(farm: FarmUnderTest) -> None:
 
 
 def test_without_the_controller_a_worker_tells_its_health(farm: FarmUnderTest) -> None:
-    controller = farm.pid_of("launcher.control")
+    controller = farm.pid_of("launcher.controller")
     os.kill(controller, signal.SIGSTOP)
     try:
         answer = httpx.get(f"{farm.url}/readyz", timeout=20)
@@ -220,7 +220,7 @@ def test_an_unknown_footprint_is_measured_once(tmp_path: Path) -> None:
 
 def test_the_official_client_speaks_to_it() -> None:
     with new_farm() as farm:
-        of_class(farm, "tests.models.speech:Hum", "count = 1", 'aliases = ["tts-1"]')
+        of_class(farm, "tests.workers.models.speech:Hum", "count = 1", 'aliases = ["tts-1"]')
         assert "/v1/audio/speech" in farm.run("up").stdout
         client = openai.OpenAI(base_url=f"{farm.url}/v1", api_key="unused", max_retries=0)
         assert "under-test" in [model.id for model in client.models.list()]

@@ -80,7 +80,7 @@ def test_limits_that_change_replace_workers_in_turn_and_lose_nothing() -> None:
         serve_work(farm, workers="count = 2\nmax = 3")
         farm.run("up")
         before = farm.pids()
-        supervisor = farm.pid_of("launcher.processes.supervising")
+        supervisor = farm.pid_of("launcher.supervision.run_supervisord")
         with farm.load("/predict") as load:
             text = (farm.folder / "gpufarm.toml").read_text()
             farm.configure(text.replace("max = 3", "max = 6") + "[logs]\nbackups = 5\n")
@@ -91,7 +91,7 @@ def test_limits_that_change_replace_workers_in_turn_and_lose_nothing() -> None:
         load.check()
         assert set(farm.pids()) == set(before)
         assert not set(farm.pids().values()) & set(before.values())
-        assert farm.pid_of("launcher.processes.supervising") == supervisor
+        assert farm.pid_of("launcher.supervision.run_supervisord") == supervisor
         conf = (farm.state / "supervisord.conf").read_text()
         assert "stopwaitsecs = 35" in conf
         assert "process_name = w%(process_num)d\nnumprocs = 6" in conf, "ports are never given up"

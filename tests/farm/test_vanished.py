@@ -17,7 +17,7 @@ from tests.farm.small_disk import FarmUnderTestAt, fill, small_disk
 from tests.farm.test_life import leaves_nothing
 from tests.waiting import until
 
-SUPERVISOR = "launcher.processes.supervising"
+SUPERVISOR = "launcher.supervision.run_supervisord"
 
 
 def remove_sockets(farm: FarmUnderTest) -> None:
@@ -69,7 +69,7 @@ def test_a_killed_supervisor_without_sockets_and_records_leaves_no_orphans(comma
 
 def test_a_process_that_cannot_be_ended_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel keeps one that hangs in it; here a signal is withheld instead."""
-    from launcher.processes import orphans
+    from launcher.supervision import leftovers as orphans
 
     with new_farm(workers="count = 1") as farm:
         farm.run("up")
@@ -132,7 +132,7 @@ def test_a_controller_that_dies_between_decision_and_action_is_made_up_for() -> 
 
     with new_farm(workers="count = 3") as farm:
         farm.run("up")
-        controller = psutil.Process(farm.pid_of("launcher.control"))
+        controller = psutil.Process(farm.pid_of("launcher.controller"))
         controller.suspend()
         file = farm.state / "desired.json"
         data = json.loads(file.read_text())

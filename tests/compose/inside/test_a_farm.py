@@ -12,7 +12,8 @@ import openai
 import pytest
 import soundfile
 
-from tests.compose.project import REPOSITORY, Project, the_farm
+from tests.compose.project import Project, the_farm
+from tests.repository import REPOSITORY
 from tests.steady import steady
 from tests.waiting import until
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.compose.project import FARMS, REPOSITORY, project
+from tests.compose.project import FARMS, project
+from tests.repository import REPOSITORY
 from tests.steady import steady
 
 HELLO = b'{"text": "hello"}'

@@ -1,0 +1,238 @@
+"""Observe the slots: what supervisord says, the ports, the devices, what a dead worker left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+
+import psutil
+
+from launcher.config.sizes import format_size
+from launcher.controller.model import Memory, Observation
+from launcher.controller.probe import READY_BELOW, NoAnswerError, get
+from launcher.planning import sizing
+from launcher.planning.devices import CPU
+from launcher.planning.inventory import Device
+from launcher.planning.nvml import Driver
+from launcher.planning.sampling import tree_pss
+from launcher.supervision import leftovers as orphans
+from launcher.supervision.exit_reason import words_since
+from launcher.supervision.farm import Farm, Generation
+from launcher.supervision.ports import HeldPorts
+from launcher.supervision.supervisord import GRACE_AFTER_REQUEST, LOGS, ProcessInfo, Supervisor
+
+PROBE_SECONDS = 2.0
+MEMORY_SECONDS = 30.0
+"""How long the memory of a process that has ended may take to leave the driver's list."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a slot would be started with, as far as it has to be looked at before."""
+
+    generation: Generation
+    device: Device
+
+
+class Observer:
+    """The controller's eyes. ``look`` blocks: call it in a thread."""
+
+    def __init__(self, farm: Farm, supervisor: Supervisor) -> None:
+        self.farm = farm
+        self.held = HeldPorts()
+        self._supervisor = supervisor
+        self._clear: set[str] = set()
+        """Empty slots known to be free of what was there before."""
+        self._gone_since: dict[str, float] = {}
+        self._last_pid: dict[str, int] = {}
+
+    def look(
+        self, memory: Memory, starts: Mapping[str, Start], external: Collection[str]
+    ) -> dict[str, Observation]:
+        """Every slot that supervisord has, but for its readiness. Raises SupervisorError.
+
+        ``starts``: the slots that are to have a worker, and how it would be started. ``external``:
+        those whose running worker is a server that the user brought.
+        """
+        infos = self._supervisor.processes()
+        return {
+            id_: self._slot(id_, info, memory, starts.get(id_), id_ in external)
+            for id_, info in infos.items()
+            if id_[:1] == "w" and id_[1:].isdecimal()
+        }
+
+    def _slot(
+        self, id_: str, info: ProcessInfo, memory: Memory, start: Start | None, external: bool
+    ) -> Observation:
+        port = self.farm.port_of(id_)
+        if info.alive:
+            self._clear.discard(id_)
+            self._gone_since.pop(id_, None)
+            self._last_pid[id_] = info.pid
+            if not external:
+                self.held.hold(port)
+            return Observation(
+                alive=True, stopping=info.stopping, pid=info.pid, started=info.started
+            )
+        is_ours = self.held.hold(port)
+        record = memory.of(id_)
+        may_start = start is not None and record.state == "stopped"
+        clear, no_room = True, ""
+        if start is not None and may_start:
+            clear = self._is_clear(id_, start.device, drained=record.crashes == 0)
+            no_room = _no_room(start) if clear else ""
+        else:
+            self._sweep(id_)
+        log = self.farm.state.path / LOGS / f"{id_}.log"
+        return Observation(
+            started=info.started,
+            exit_code=info.exit_code if info.started else None,
+            clear=clear,
+            taken_by="" if is_ours or not may_start else listener_of(port),
+            no_room=no_room,
+            exit_reason=words_since(log, info.started) if record.alive else "",
+        )
+
+    def _is_clear(self, id_: str, device: Device, drained: bool) -> bool:
+        """Whether nothing is left of the slot's last worker; ends what is.
+
+        ``drained``: it was sent its stop signal. Then a server whose wrapper has gone already may
+        finish.
+        """
+        if id_ in self._clear:
+            return True
+        since = self._gone_since.setdefault(id_, time.monotonic())
+        if left := orphans.marked(self.farm.state.path, id_):
+            if drained and time.monotonic() - since < self._grace:
+                return False
+            orphans.kill(left)
+        waited = time.monotonic() - since
+        if device.is_gpu and waited < MEMORY_SECONDS and self._holds_memory(id_, device):
+            return False
+        self._clear.add(id_)
+        return True
+
+    @property
+    def _grace(self) -> float:
+        return self.farm.settings.workers.request_timeout + GRACE_AFTER_REQUEST
+
+    def _sweep(self, id_: str) -> None:
+        """End what a stopped worker's process has left behind, once it had time to finish."""
+        if id_ in self._clear or id_ not in self._last_pid:
+            return
+        since = self._gone_since.setdefault(id_, time.monotonic())
+        if time.monotonic() - since > self._grace:
+            orphans.kill(orphans.marked(self.farm.state.path, id_))
+            self._clear.add(id_)
+
+    def _holds_memory(self, id_: str, device: Device) -> bool:
+        """Whether the driver still lists the slot's last process."""
+        driver = Driver.open()
+        if driver is None:
+            return False
+        with driver:
+            try:
+                tenants = {tenant.pid for tenant in driver.tenants(device.id)}
+            except LookupError:
+                return False
+        return self._last_pid.get(id_) in tenants
+
+    async def asked(self, id_: str, seen: Observation, generation: Generation) -> Observation:
+        """What is observed of a slot, and whether its worker answers its readiness path."""
+        external = generation.is_external
+        path = generation.settings.model.ready_url if external else "/readyz"
+        try:
+            status, _ = await get(self.farm.port_of(id_), path, PROBE_SECONDS)
+        except NoAnswerError:
+            return seen
+        # A server that was given no path need not have a page at "/": that it answers is enough.
+        any_page = external and path == "/" and status < 500
+        ready = status < READY_BELOW or any_page
+        key = " (model.ready_url)" if external else ""
+        return replace(seen, ready=ready, answer=f"{path}{key} was answered {status}")
+
+    async def answers(self, id_: str) -> bool:
+        """Whether the slot's worker, one of ours, says anything at all."""
+        try:
+            await get(self.farm.port_of(id_), "/livez", PROBE_SECONDS)
+        except NoAnswerError:
+            return False
+        return True
+
+
+def refusal_for(generation: Generation, devices: Sequence[str]) -> str:
+    """Why workers on these devices, named once for each, do not fit into the memory that is free
+    now; empty where they do."""
+    footprint = generation.plan.footprint
+    for row in generation.plan.devices:
+        if not (more := devices.count(row.id)):
+            continue
+        need = more * footprint.steady + footprint.peak - footprint.steady
+        free = free_memory(generation, row.device)
+        if free is not None and need > free - row.headroom:
+            return (
+                f"{format_size(need)} of {row.device.name} are needed, {format_size(free)} are "
+                f"free, {format_size(row.headroom)} of it headroom"
+            )
+    return ""
+
+
+def _no_room(start: Start) -> str:
+    """Why the device has no memory for one more worker now; empty where it has."""
+    need, device = start.generation.plan.footprint.peak, start.device
+    free = free_memory(start.generation, device)
+    if free is None or free >= need:
+        return ""
+    return (
+        f"it needs {format_size(need)} of {device.name}, and {format_size(free)} are free; "
+        f"it starts as soon as there is room"
+    )
+
+
+def free_memory(generation: Generation, device: Device) -> int | None:
+    """Bytes that are free on a device now; None where the driver does not say."""
+    if not device.is_gpu:
+        return sizing.read_host(generation.settings).ram_free
+    driver = Driver.open()
+    if driver is None:
+        return None
+    with driver:
+        try:
+            return driver.free(device.id)
+        except LookupError:
+            return None
+
+
+def listener_of(port: int) -> str:
+    """Name what has a port, for an error message."""
+    with suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            mine = connection.laddr and connection.laddr.port == port
+            if mine and connection.status == psutil.CONN_LISTEN and connection.pid:
+                name = psutil.Process(connection.pid).name()
+                return f"pid {connection.pid} ({name}), port {port}"
+    return f"another process, port {port}"
+
+
+def device_memory(holders: Mapping[str, tuple[int, str]]) -> dict[str, int]:
+    """Bytes held by each slot's worker: on its GPU as far as the driver tells, else in RAM.
+
+    ``holders``: slot → pid and device id.
+    """
+    held = {}
+    on_gpu = any(device != CPU for _, device in holders.values())
+    driver = Driver.open() if on_gpu else None
+    with driver or nullcontext():
+        for id_, (pid, device) in holders.items():
+            if driver is None or device == CPU:
+                held[id_] = tree_pss(pid)
+                continue
+            family = {pid}
+            with suppress(psutil.Error):
+                family |= {child.pid for child in psutil.Process(pid).children(recursive=True)}
+            # In a container the driver lists the host's numbers of processes, which match none.
+            if own := [t.bytes for t in driver.tenants(device) if t.pid in family and t.bytes]:
+                held[id_] = sum(own)
+    return held

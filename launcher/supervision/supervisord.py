@@ -1,0 +1,256 @@
+"""supervisord: its configuration, rendered; and talking to it over its Unix socket."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import shlex
+import sys
+import xmlrpc.client
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jinja2
+
+from launcher.config.sources import ConfigError
+from launcher.supervision.unix_http import UnixConnection
+
+T = TypeVar("T")
+
+MODULE = "launcher.supervision.run_supervisord"
+CONF = "supervisord.conf"
+PID_FILE = "run/supervisord.pid"
+LOGS = "logs"
+SOCKET = "supervisor.sock"
+MARK = "GPUFARM_FARM"
+"""The variable that every process of a farm carries: its state directory's real path."""
+INTERFACE = "farm"
+"""The XML-RPC namespace of `supervisor_interface`."""
+INTERFACE_FACTORY = "launcher.supervision.rpc_interface:make_interface"
+
+GRACE_AFTER_REQUEST = 15.0
+"""Seconds beyond the request timeout until a worker that drains is killed: its own deadline is
+five seconds after the request timeout."""
+CALL_TIMEOUT = 10.0
+
+ALREADY_STARTED, NOT_RUNNING, SPAWN_ERROR, SHUTTING_DOWN = 60, 70, 50, 6
+"""supervisord's fault codes that are answers rather than errors."""
+
+
+class SupervisorError(Exception):
+    """supervisord does not answer, or refuses. One line."""
+
+
+@dataclass(frozen=True)
+class SupervisorConfig:
+    """Everything supervisord.conf is rendered from."""
+
+    state: Path
+    """The farm's state directory."""
+    socket: Path
+    slots: int
+    """Programs in the group of workers: as many as the farm has ports for."""
+    request_timeout: float
+    nginx_command: tuple[str, ...]
+    stop_whole_group: bool
+    """External servers often sit behind a shell that does not pass SIGTERM on."""
+    log_bytes: int
+    log_backups: int
+
+    @property
+    def worker_stop_seconds(self) -> int:
+        return round(self.request_timeout + GRACE_AFTER_REQUEST)
+
+
+def render(config: SupervisorConfig) -> str:
+    """The text of supervisord.conf."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("launcher.supervision"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701 - this is no HTML
+    )
+    state, logs = str(config.state), config.state / LOGS
+    controller = python_module("launcher.controller", "--state", state)
+    worker = python_module("launcher.supervision.slot", "--state", state, "--slot")
+    return environment.get_template("supervisord.conf.j2").render(
+        socket=escaped(str(config.socket)),
+        pid_file=escaped(str(config.state / PID_FILE)),
+        log=escaped(str(logs / "supervisord.log")),
+        childlogdir=escaped(str(logs)),
+        # supervisord expands the names of log files twice.
+        logs=escaped(escaped(str(logs))),
+        log_bytes=config.log_bytes,
+        log_backups=config.log_backups,
+        controller_command=command_line(controller),
+        nginx_command=command_line(config.nginx_command),
+        nginx_stop_seconds=config.worker_stop_seconds,
+        worker_command=command_line(worker) + " %(process_num)d",
+        worker_stop_seconds=config.worker_stop_seconds,
+        slots=config.slots,
+        stop_whole_group=config.stop_whole_group,
+        interface=INTERFACE,
+        interface_factory=INTERFACE_FACTORY,
+    )
+
+
+def python_module(module: str, *arguments: str) -> tuple[str, ...]:
+    """A command line of this interpreter; `-P` because the current folder must shadow nothing."""
+    return (sys.executable, "-P", "-m", module, *arguments)
+
+
+def escaped(value: str) -> str:
+    """A value for supervisord's file, where `%` begins an expansion.
+
+    Raises ConfigError for what the file cannot carry however it is written.
+    """
+    if re.search(r"[\x00-\x1f]|\s[;#]|^\s|\s$", value):
+        raise ConfigError(
+            f"{value!r}: supervisord cannot read this path; choose one without control "
+            "characters, blanks at an end, or a blank before ; and # (state_dir)"
+        )
+    return value.replace("%", "%%")
+
+
+def command_line(arguments: tuple[str, ...]) -> str:
+    """Arguments as supervisord splits them again, with `shlex`."""
+    return escaped(shlex.join(arguments))
+
+
+class _UnixTransport(xmlrpc.client.Transport):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def make_connection(self, host: Any) -> http.client.HTTPConnection:
+        if self._connection and host == self._connection[0] and self._connection[1]:
+            return self._connection[1]
+        connection = UnixConnection(self._path, CALL_TIMEOUT)
+        self._connection = host, connection
+        return connection
+
+
+@dataclass(frozen=True)
+class ProcessInfo:
+    """One process as supervisord sees it."""
+
+    name: str
+    state: str
+    """STOPPED, STARTING, RUNNING, BACKOFF, STOPPING, EXITED, FATAL or UNKNOWN."""
+    pid: int
+    exit_code: int
+    """Of the last process; -1 when a signal ended it, 0 when there was none."""
+    started: float
+    """When it was last started (Unix seconds); 0 when it never was."""
+
+    @property
+    def alive(self) -> bool:
+        return self.pid > 0 and self.state in ("STARTING", "RUNNING", "STOPPING")
+
+    @property
+    def stopping(self) -> bool:
+        return self.state == "STOPPING"
+
+
+class Supervisor:
+    """supervisord's answers and orders. Blocking; one thread at a time."""
+
+    def __init__(self, socket_path: Path) -> None:
+        self._transport = _UnixTransport(socket_path)
+        self._proxy = xmlrpc.client.ServerProxy("http://localhost", transport=self._transport)
+
+    def close(self) -> None:
+        """Let go of the connection; the next call opens another."""
+        self._transport.close()
+
+    def _call(self, method: Callable[[Any], T]) -> T:
+        try:
+            return method(self._proxy.supervisor)
+        except (OSError, http.client.HTTPException) as error:
+            raise SupervisorError(f"supervisord does not answer: {error}") from None
+        except xmlrpc.client.ProtocolError as error:
+            raise SupervisorError(f"supervisord answers {error.errcode}") from None
+
+    def alive(self) -> bool:
+        """Whether it answers and is not about to end."""
+        try:
+            state = self._call(lambda rpc: rpc.getState())
+        except (SupervisorError, xmlrpc.client.Fault):
+            return False
+        return bool(state["statename"] == "RUNNING")
+
+    def pid(self) -> int:
+        return int(self._call(lambda rpc: rpc.getPID()))
+
+    def processes(self) -> dict[str, ProcessInfo]:
+        """Every process by its name: nginx, controller, w1, w2, …"""
+        infos = self._fault_free(lambda _: self._proxy.farm.processes())
+        return {info["name"]: ProcessInfo(**info) for info in infos}
+
+    def update(self) -> None:
+        """Let it take over its file again without stopping anything."""
+        self._fault_free(lambda _: self._proxy.farm.update())
+
+    def start(self, name: str) -> None:
+        """Start one process; it need not be alive when this returns, nor alive any more: one that
+        ends at once is told as an error here, and what matters of it is its exit code."""
+        self._fault_free(
+            lambda rpc: rpc.startProcess(full_name(name), False), ALREADY_STARTED, SPAWN_ERROR
+        )
+
+    def stop(self, name: str) -> None:
+        """Send the stop signal; supervisord kills it when its time is over."""
+        self._fault_free(lambda rpc: rpc.stopProcess(full_name(name), False), NOT_RUNNING)
+
+    def kill(self, name: str) -> None:
+        self._fault_free(lambda rpc: rpc.signalProcess(full_name(name), "KILL"), NOT_RUNNING)
+
+    def restart(self, name: str) -> None:
+        """End and start a process that drains nothing, such as the controller."""
+        self._fault_free(lambda rpc: rpc.stopProcess(full_name(name), True), NOT_RUNNING)
+        self.start(name)
+
+    def shutdown(self) -> None:
+        """Stop everything in order, then itself. Returns at once."""
+        self._fault_free(lambda rpc: rpc.shutdown(), SHUTTING_DOWN)
+
+    def _fault_free(self, method: Callable[[Any], Any], *fine: int) -> Any:
+        try:
+            return self._call(method)
+        except xmlrpc.client.Fault as fault:
+            if fault.faultCode in fine:
+                return None
+            raise SupervisorError(f"supervisord: {fault.faultString}") from None
+
+
+def full_name(name: str) -> str:
+    """supervisord's name of a process: workers are a group, the others are their own."""
+    return f"worker:{name}" if name not in ("nginx", "controller") else name
+
+
+def command(state: Path) -> tuple[str, ...]:
+    """The command line that runs supervisord in the foreground."""
+    return python_module(MODULE, "-c", str(state / CONF), "-n")
+
+
+def environment(state: Path, base: dict[str, str] | None = None) -> dict[str, str]:
+    """What supervisord and thereby every process inherits: all but GPUFARM_ and SUPERVISOR_
+    variables, and the farm's mark.
+
+    Configuration travels in files: a stray GPUFARM_ variable must not reach a worker, nor those
+    of a supervisord around this one.
+    """
+    given = dict(os.environ) if base is None else base
+    dropped = ("GPUFARM_", "SUPERVISOR_")
+    kept = {name: value for name, value in given.items() if not name.startswith(dropped)}
+    return {**kept, MARK: mark(state)}
+
+
+def mark(state: Path) -> str:
+    """The value of MARK for the farm in ``state``."""
+    return str(state.resolve())

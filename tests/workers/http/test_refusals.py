@@ -1,0 +1,107 @@
+"""What a worker refuses by itself goes on to the next; what the model says does not."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.workers.harness import PATIENCE, WorkerProcess, eventually
+from workers.http.app import build_app
+from workers.http.metrics import Metrics
+from workers.http.state import Worker
+from workers.model.loader import load
+from workers.model.spec import Spec
+from workers.queueing.queue import Line
+
+BALANCED = {"X-Farm-Request": "0123456789abcdef" * 2}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    with WorkerProcess(
+        tmp_path_factory.mktemp("answers"), "tests.workers.models.plain:Answers"
+    ) as worker:
+        yield worker
+
+
+def test_a_full_queue_is_502_for_the_balancer_and_429_for_others(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with (
+        WorkerProcess(tmp_path, "tests.workers.models.plain:Slow", spec={"line": 0}) as worker,
+        concurrent.futures.ThreadPoolExecutor(1) as callers,
+    ):
+        body = {"until": str(gate)}
+        url = f"{worker.url}/predict"
+        first = callers.submit(httpx.post, url, json=body, timeout=PATIENCE)
+        eventually(lambda: worker.standing() == (1, 0), "the request")
+        direct = worker.predict({})
+        assert direct.status_code == 429
+        assert "x-accel-redirect" not in direct.headers
+        balanced = worker.predict({}, headers=BALANCED)
+        assert balanced.status_code == 502
+        assert balanced.headers["x-accel-redirect"] == "/.gpufarm/429"
+        assert balanced.headers["retry-after"] == direct.headers["retry-after"]
+        assert balanced.json() == direct.json()
+        assert balanced.json()["error"]["code"] == "line_full"
+        assert worker.metric("gpufarm_requests_total", code="429") == 2
+        assert worker.metric("gpufarm_requests_total", code="502") == 0
+        gate.touch()
+        assert first.result().status_code == 200
+
+
+def test_a_closed_worker_is_502_for_the_balancer_at_once() -> None:
+    with ThreadPoolExecutor(1) as executor:
+        spec = Spec(target="tests.workers.models.plain:Echo")
+        line = Line(executor, spec.line)
+        served = load(spec, "cpu", executor)
+        metrics = Metrics("w1", spec.name, line)
+        app = build_app(Worker("w1", spec, served, executor, executor, line, metrics))
+
+        async def asked() -> httpx.Response:
+            line.closed = True
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://w1") as client:
+                return await client.post("/predict", json=1, headers=BALANCED)
+
+        answer = asyncio.run(asked())
+    assert answer.status_code == 502
+    assert answer.headers["x-accel-redirect"] == "/.gpufarm/503"
+    assert answer.headers["retry-after"] == "1"
+    assert answer.json()["error"]["code"] == "worker_ending"
+
+
+@pytest.mark.parametrize("raises", [True, False])
+@pytest.mark.parametrize(("status", "leaves"), [(429, 429), (503, 503), (502, 500), (500, 500)])
+def test_what_the_model_answers_is_not_sent_on(
+    answers: WorkerProcess, raises: bool, status: int, leaves: int
+) -> None:
+    answer = answers.predict({"status": status, "raises": raises}, headers=BALANCED)
+    assert answer.status_code == leaves
+    assert "x-accel-redirect" not in answer.headers
+    assert answer.headers.get("x-should-retry") == ("false" if leaves == 500 else None)
+    assert ("says the model" if raises else "made") in answer.text
+
+
+def test_a_model_does_not_command_the_balancer(answers: WorkerProcess) -> None:
+    headers: dict[str, Any] = {
+        "X-Accel-Redirect": "/.gpufarm/429",
+        "x-accel-limit-rate": "1",
+        "X-Kind": "kept",
+    }
+    answer = answers.predict({"status": 200, "headers": headers})
+    assert answer.headers["x-kind"] == "kept"
+    assert not [name for name in answer.headers if name.startswith("x-accel")]
+
+
+def test_a_model_that_fails_tells_clients_not_to_repeat_it(tmp_path: Path) -> None:
+    with WorkerProcess(tmp_path, "tests.workers.models.plain:Faulty") as worker:
+        answer = worker.predict({"kind": "value"})
+        assert answer.status_code == 500
+        assert answer.headers["x-should-retry"] == "false"

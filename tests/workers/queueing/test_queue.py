@@ -1,0 +1,389 @@
+"""Admission without HTTP: the line, its deadline, and who may leave it when."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from workers.errors import ModelFailed
+from workers.model.contract import Cancelled, InvalidRequest, Work
+from workers.queueing import job as jobs
+from workers.queueing.job import CallerLeft, DeadlinePassed, Job, SlowReader
+from workers.queueing.queue import Closed, Line, Refused
+
+PATIENCE = 30.0
+
+
+class Gate:
+    """A call that holds the device until it is opened."""
+
+    def __init__(self) -> None:
+        self.running = threading.Event()
+        self.opened = threading.Event()
+
+    def __call__(self) -> str:
+        self.running.set()
+        assert self.opened.wait(PATIENCE)
+        return "held"
+
+
+def in_line(test: Callable[[Line], Awaitable[None]], limit: int = 8) -> None:
+    """Run ``test`` with a line of its own, and with a deadline."""
+    executor = ThreadPoolExecutor(1)
+    try:
+        asyncio.run(asyncio.wait_for(_awaited(test(Line(executor, limit))), PATIENCE))
+    finally:
+        executor.shutdown()
+
+
+async def _awaited(awaitable: Awaitable[None]) -> None:
+    await awaitable
+
+
+async def reaches(condition: Callable[[], Any]) -> None:
+    while not condition():  # noqa: ASYNC110 (what is waited for happens on another thread)
+        await asyncio.sleep(0.005)
+
+
+async def collected(job: Job) -> list[Any]:
+    return [item async for item in job]
+
+
+def test_a_value_is_the_only_item() -> None:
+    async def test(line: Line) -> None:
+        job = line.submit(lambda: 7, Work())
+        assert await collected(job) == [7]
+        assert not job.streams
+        assert job.service_seconds > 0
+        assert (line.waiting, line.running, line.served) == (0, 0, 1)
+
+    in_line(test)
+
+
+def test_a_stream_comes_item_by_item() -> None:
+    async def test(line: Line) -> None:
+        job = line.submit(lambda: iter([1, 2, 3]), Work())
+        assert await collected(job) == [1, 2, 3]
+        assert job.streams
+
+    in_line(test)
+
+
+def test_everything_runs_on_one_thread_in_order() -> None:
+    async def test(line: Line) -> None:
+        ran: list[tuple[int, str]] = []
+
+        def call(number: int) -> Callable[[], None]:
+            return lambda: ran.append((number, threading.current_thread().name))
+
+        jobs = [line.submit(call(number), Work()) for number in range(8)]
+        await asyncio.gather(*(collected(job) for job in jobs))
+        assert [number for number, _ in ran] == list(range(8))
+        assert len({thread for _, thread in ran}) == 1
+
+    in_line(test)
+
+
+def test_a_full_line_refuses_with_the_time_it_needs() -> None:
+    async def test(line: Line) -> None:
+        gate = Gate()
+        first = line.submit(gate, Work())
+        await reaches(gate.running.is_set)
+        others = [line.submit(lambda: None, Work()) for _ in range(2)]
+        assert (line.running, line.waiting) == (1, 2)
+        with pytest.raises(Refused) as refused:
+            line.submit(lambda: None, Work())
+        assert refused.value.retry_after == 3  # three are ahead, and a second each is the guess
+        gate.opened.set()
+        await asyncio.gather(*(collected(job) for job in [first, *others]))
+        await collected(line.submit(lambda: None, Work()))
+
+    in_line(test, limit=2)
+
+
+def test_retry_after_follows_the_observed_service_time() -> None:
+    async def test(line: Line) -> None:
+        line._served(30.0, None)  # what the device thread reports after a request of 30 s
+        line._admitted = 1
+        assert line.retry_after == 30
+        line._admitted = 5
+        assert line.retry_after == 150
+        for _ in range(60):
+            line._served(0.01, None)
+        line._admitted = 3
+        assert line.retry_after == 1
+        assert line.mean_service_seconds == pytest.approx(0.01, abs=0.001)
+
+    in_line(test)
+
+
+def test_who_leaves_the_line_never_runs_and_frees_the_place() -> None:
+    async def test(line: Line) -> None:
+        gate = Gate()
+        ran: list[str] = []
+        first = line.submit(gate, Work())
+        await reaches(gate.running.is_set)
+        second = line.submit(lambda: ran.append("left"), Work())
+        second.leave()
+        with pytest.raises(CallerLeft) as left:
+            await anext(second)
+        assert left.value.stage == "waiting"
+        assert line.waiting == 0
+        third = line.submit(lambda: ran.append("third"), Work())
+        gate.opened.set()
+        await collected(first)
+        await collected(third)
+        assert ran == ["third"]
+
+    in_line(test, limit=1)
+
+
+def test_a_deadline_in_the_line_is_answered_there_and_never_runs() -> None:
+    async def test(line: Line) -> None:
+        gate = Gate()
+        ran: list[str] = []
+        first = line.submit(gate, Work())
+        await reaches(gate.running.is_set)
+        late = line.submit(lambda: ran.append("late"), Work(time.monotonic() + 0.02))
+        with pytest.raises(DeadlinePassed) as passed:
+            await anext(late)
+        assert passed.value.stage == "waiting"
+        assert not gate.opened.is_set()
+        gate.opened.set()
+        await collected(first)
+        await collected(line.submit(lambda: None, Work()))
+        assert ran == []
+
+    in_line(test)
+
+
+def test_a_deadline_that_has_passed_on_arrival_never_runs() -> None:
+    async def test(line: Line) -> None:
+        ran: list[str] = []
+        job = line.submit(lambda: ran.append("late"), Work(time.monotonic() - 1))
+        with pytest.raises((DeadlinePassed, Cancelled)):
+            await anext(job)
+        await collected(line.submit(lambda: None, Work()))
+        assert ran == []
+
+    in_line(test)
+
+
+def test_a_deadline_while_running_is_answered_while_the_call_goes_on() -> None:
+    async def test(line: Line) -> None:
+        gate = Gate()
+        job = line.submit(gate, Work(time.monotonic() + 0.05))
+        with pytest.raises(DeadlinePassed):
+            await collected(job)
+        if gate.running.is_set():  # the machine may have been too busy to begin in time
+            assert line.running == 1
+        gate.opened.set()
+        await reaches(lambda: line.idle)
+
+    in_line(test)
+
+
+def test_a_model_that_checks_stops_at_the_deadline() -> None:
+    async def test(line: Line) -> None:
+        work = Work(time.monotonic() + 0.05)
+
+        def endless() -> None:
+            while True:
+                work.check()
+
+        with pytest.raises((DeadlinePassed, Cancelled)):
+            await collected(line.submit(endless, work))
+        await reaches(lambda: line.idle)
+
+    in_line(test)
+
+
+def test_a_stream_is_closed_on_its_thread_when_the_caller_leaves() -> None:
+    async def test(line: Line) -> None:
+        closed: list[str] = []
+        threads: list[str] = []
+
+        def endless() -> Iterator[int]:
+            threads.append(threading.current_thread().name)
+            try:
+                while True:
+                    yield 1
+            finally:
+                closed.append(threading.current_thread().name)
+
+        job = line.submit(endless, Work())
+        assert await anext(job) == 1
+        assert job.stage == "streaming"
+        job.leave()
+        with pytest.raises(CallerLeft):
+            await anext(job)
+        await reaches(lambda: line.idle)
+        assert closed == threads
+
+    in_line(test)
+
+
+def chunks(count: int, made: list[int]) -> Callable[[], Iterator[bytes]]:
+    """A stream of 1 KiB items that notes which were made."""
+
+    def stream() -> Iterator[bytes]:
+        for number in range(count):
+            made.append(number)
+            yield bytes([number]) * 1024
+
+    return stream
+
+
+def test_a_slow_reader_holds_the_stream_back_by_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "MAX_UNREAD", 4 * 1024)
+
+    async def test(line: Line) -> None:
+        made: list[int] = []
+        job = line.submit(chunks(100, made), Work())
+        await reaches(lambda: job.waited > 0)
+        assert len(made) <= 6  # the bound, one beyond it, and one in the model's hands
+        assert await collected(job) == [bytes([number]) * 1024 for number in range(100)]
+        assert 0 < job.busy_seconds < job.service_seconds
+
+    in_line(test)
+
+
+def test_the_device_is_free_when_the_last_item_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "MAX_UNREAD", 4 * 1024)
+
+    async def test(line: Line) -> None:
+        made: list[int] = []
+        unread = line.submit(chunks(5, made), Work())
+        assert await collected(line.submit(lambda: "next", Work())) == ["next"]
+        assert line.idle
+        assert unread.waited == 0
+        assert len(await collected(unread)) == 5
+
+    in_line(test)
+
+
+def test_a_reader_below_the_floor_is_cut_off_while_the_device_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jobs, "MAX_UNREAD", 4 * 1024)
+    monkeypatch.setattr(jobs, "FLOOR_SECONDS", 0.2)
+
+    async def test(line: Line) -> None:
+        made: list[int] = []
+        dropped: list[bool] = []
+        job = line.submit(chunks(100, made), Work())
+        job.on_dropped = lambda: dropped.append(True)
+        assert await anext(job) == bytes(1024)
+        await reaches(lambda: line.idle)
+        assert dropped == [True]
+        with pytest.raises(SlowReader) as slow:  # what it has not read is gone
+            await anext(job)
+        assert slow.value.stage == "streaming"
+        assert slow.value.reason == "slow_reader"
+        assert len(made) < 10
+        assert await collected(line.submit(lambda: "next", Work())) == ["next"]
+
+    in_line(test)
+
+
+def test_a_reader_above_the_floor_may_let_the_device_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes large items, of which what has left counts before the whole has."""
+    monkeypatch.setattr(jobs, "MAX_UNREAD", 1)
+    monkeypatch.setattr(jobs, "FLOOR", 1024)
+    monkeypatch.setattr(jobs, "FLOOR_SECONDS", 0.2)
+    size = 2**20
+
+    async def test(line: Line) -> None:
+        job = line.submit(lambda: iter([bytes(size)] * 3), Work())
+        assert len(await anext(job)) == size
+        while job.waited < 1:  # several times as long as is measured
+            await asyncio.sleep(0.01)
+            job.delivered(job.waited / 10)
+        assert job.error is None
+        assert len(await collected(job)) == 2
+
+    in_line(test)
+
+
+def test_what_a_model_raises_comes_without_its_frames() -> None:
+    class Tensor:
+        """Stands for memory that a frame would keep alive."""
+
+    async def test(line: Line) -> None:
+        kept: list[weakref.ref[Tensor]] = []
+
+        def fails() -> None:
+            tensor = Tensor()
+            kept.append(weakref.ref(tensor))
+            raise ValueError("secret")
+
+        with pytest.raises(ModelFailed) as failed:
+            await anext(line.submit(fails, Work()))
+        assert failed.value.kind == "ValueError"
+        assert "secret" in failed.value.trace
+        assert "fails" in failed.value.trace
+        assert str(failed.value) == "ValueError"
+        await collected(line.submit(lambda: None, Work()))
+        gc.collect()
+        assert kept[0]() is None
+
+    in_line(test)
+
+
+def test_a_refusal_by_the_model_keeps_its_message() -> None:
+    async def test(line: Line) -> None:
+        def refuses() -> None:
+            raise InvalidRequest("too loud")
+
+        with pytest.raises(InvalidRequest, match="too loud"):
+            await anext(line.submit(refuses, Work()))
+
+    in_line(test)
+
+
+def test_items_made_before_a_failure_arrive_before_it() -> None:
+    async def test(line: Line) -> None:
+        def two() -> Iterator[int]:
+            yield 1
+            raise RuntimeError
+
+        job = line.submit(two, Work())
+        assert await anext(job) == 1
+        with pytest.raises(ModelFailed):
+            await anext(job)
+
+    in_line(test)
+
+
+def test_a_lost_device_answers_its_request_and_runs_no_other() -> None:
+    async def test(line: Line) -> None:
+        lost: list[bool] = []
+        ran: list[str] = []
+        line.on_sticky = lambda: lost.append(True)
+        gate = Gate()
+
+        def sticky() -> None:
+            gate()
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+        first = line.submit(sticky, Work())
+        second = line.submit(lambda: ran.append("second"), Work())
+        gate.opened.set()
+        with pytest.raises(ModelFailed) as failed:
+            await anext(first)
+        assert failed.value.sticky
+        assert lost == [True]
+        with pytest.raises(Closed):
+            line.submit(lambda: None, Work())
+        second.leave()
+        assert ran == []
+
+    in_line(test)

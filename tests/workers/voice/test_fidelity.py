@@ -1,0 +1,263 @@
+"""The fidelity command: what it measures, what it refuses, and that it notices a difference."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from tests.workers.harness import ROOT
+from tests.workers.voice.tiny_voice import one_thread, tiny_conditions, tiny_model
+from workers.models.voice import fidelity
+from workers.models.voice.fidelity import SAME, Row, Spoken, codec_in_torch
+from workers.models.voice.gpu_proof.fidelity import Decoded
+from workers.models.voice.speech import Voice
+from workers.models.voice.weights import DATA, FILES
+
+FOLDER = Path(os.environ.get("GPUFARM_TEST_VOICE", DATA))
+MISSING = [name for name in FILES if not (FOLDER / name).exists()]
+shipped = pytest.mark.skipif(bool(MISSING), reason=f"{FOLDER} lacks {', '.join(MISSING)}")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def narrow() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "workers.models.voice.fidelity", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@shipped
+def test_a_cpu_is_measured() -> None:
+    done = command("--weights", str(FOLDER), "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["device"] == "cpu"
+    assert report["holds"] is True
+    rows = {(row["compared"], row["against"]): row for row in report["rows"]}
+    assert rows.pop(("graph", "eager"))["skipped"] == "no graphs on a CPU"
+    assert {
+        ("step by step", "whole sentence"),
+        ("ONNX on cpu", "torch on cpu"),
+        ("eager bfloat16", "eager float32"),
+        ("eager float16", "eager float32"),
+    } == set(rows)
+    for row in rows.values():
+        assert row["n"] > 0
+        assert row["required"] <= row["cosine_least"] <= row["cosine_mean"] <= 1 + 1e-6
+        assert row["difference_most"] >= 0
+    # Whole and half precision are not the same; a comparison of a thing with itself would be 0.
+    assert rows["eager bfloat16", "eager float32"]["difference_most"] > 0
+
+
+def spoken_of(seed: int = 0, frames: int = 24) -> list[Spoken]:
+    """Two sentences as a tiny model decodes them."""
+    decoder = fidelity.probed(tiny_model(seed), CPU, "float32")
+    conditions = [tiny_conditions(frames, seed=number) for number in (1, 2)]
+    symbols, sign = torch.tensor([[3, 5, 7]]), torch.tensor([0])
+    return [Spoken(symbols, sign, c, fidelity.decoded(decoder, c)) for c in conditions]
+
+
+class Speaker:
+    """What the comparisons of scores need of a voice."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.device = CPU
+        self.weights = self
+        self.dual_ar = tiny_model(seed)
+
+
+def test_steps_agree_with_the_whole_sentence() -> None:
+    (row,) = fidelity.steps(Speaker(), spoken_of())  # type: ignore[arg-type]
+    assert row.holds
+    assert row.n == 2 * 24 * 5
+    assert row.difference_most is not None
+    assert row.difference_most < 1e-3
+
+
+def test_another_network_is_noticed() -> None:
+    (row,) = fidelity.steps(Speaker(seed=1), spoken_of(seed=0))  # type: ignore[arg-type]
+    assert not row.holds
+
+
+def test_a_small_change_is_noticed() -> None:
+    speaker = Speaker()
+    with torch.no_grad():
+        speaker.dual_ar.layers[0].feed_forward.w1.weight *= 1.05  # type: ignore[union-attr, operator]
+    (row,) = fidelity.steps(speaker, spoken_of())  # type: ignore[arg-type]
+    assert not row.holds
+
+
+def test_half_precision_is_near() -> None:
+    rows = list(fidelity.halves(Speaker(), spoken_of()))  # type: ignore[arg-type]
+    assert [row.compared for row in rows] == ["eager bfloat16"] * 2 + ["eager float16"] * 2
+    for row in rows:
+        assert row.n > 0
+        assert row.cosine_mean is not None
+        assert row.cosine_mean > 0.9
+    scores = [row.difference_most or 0.0 for row in rows[::2]]
+    assert scores[0] > scores[1] > 0, "bfloat16 has fewer digits than float16"
+
+
+def test_the_model_that_is_compared_stays_as_it_was() -> None:
+    speaker = Speaker()
+    before = copy.deepcopy(speaker.dual_ar.state_dict())
+    list(fidelity.halves(speaker, spoken_of()))  # type: ignore[arg-type]
+    for name, value in speaker.dual_ar.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_what_is_compared_is_not_overwritten_by_the_next_sentence() -> None:
+    first, second = spoken_of()
+    assert not torch.equal(first.decoded.scores, second.decoded.scores)
+    alone = fidelity.decoded(fidelity.probed(tiny_model(), CPU, "float32"), first.conditions)
+    assert torch.equal(first.decoded.scores, alone.scores)
+
+
+@pytest.fixture(scope="module")
+def voice() -> Voice:
+    made = Voice(weights=str(FOLDER), dtype="float32")
+    made.setup("cpu")
+    return made
+
+
+def said(voice: Voice) -> list[Spoken]:
+    return fidelity.speak(voice, ("Hello.",))
+
+
+@shipped
+def test_onnx_agrees_with_torch_and_the_voice_keeps_its_engine(voice: Voice) -> None:
+    engine = voice.codec
+    (row,) = fidelity.codecs(voice, said(voice))
+    assert row.holds
+    assert row.n >= 2
+    assert voice.codec is engine
+
+
+@shipped
+def test_another_codec_is_noticed(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = codec_in_torch(voice.weights.codec_decoder)
+    with torch.no_grad():
+        network.mel_mean += 0.5
+        network.leave.weight *= 3
+    monkeypatch.setattr(fidelity, "codec_in_torch", lambda path: network)
+    (row,) = fidelity.codecs(voice, said(voice))
+    assert not row.holds
+
+
+@shipped
+def test_without_the_onnx_package_the_comparison_is_left_out(
+    voice: Voice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> ModuleType:
+        raise ModuleNotFoundError(name=name)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    (row,) = fidelity.codecs(voice, said(voice))
+    assert row.skipped == "the onnx package is not installed"
+    assert row.holds
+
+
+def test_a_graph_without_the_constants_is_told(tmp_path: Path) -> None:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Abs", ["x"], ["y"])], "g", values[:1], values[1:])
+    onnx.save(helper.make_model(graph), tmp_path / "other.onnx")
+    with pytest.raises(LookupError, match=r"other\.onnx has no constant named 'mel_books'"):
+        codec_in_torch(tmp_path / "other.onnx")
+
+
+def test_the_table_says_how_many_and_whether_it_holds() -> None:
+    rows = [
+        Row("a", "b", "scores", 12, 0.99995, 1.0, 0.25, SAME),
+        Row("c", "d", "scores", 3, 0.5, 0.75, 9.0, SAME),
+        Row("e", "f", "samples", skipped="there is none"),
+    ]
+    head, good, bad, none = fidelity.table(rows).splitlines()
+    assert "least cosine" in head
+    assert good.split() == [
+        "a",
+        "b",
+        "scores",
+        "12",
+        *["0.999950", "1.000000", "0.25", "0.9999", "yes"],
+    ]
+    assert bad.endswith("NO")
+    assert none.endswith("there is none")
+
+
+@shipped
+@pytest.mark.parametrize(("cosine", "code"), [(0.9999, 0), (0.99, 1), (float("nan"), 1)])
+def test_the_exit_code_is_1_below_what_is_required(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cosine: float, code: int
+) -> None:
+    row = Row("a", "b", "scores", 1, cosine, cosine, 0.1, 0.999)
+    monkeypatch.setattr(fidelity, "measure", lambda voice: iter([row]))
+    monkeypatch.setattr(sys, "argv", ["fidelity", "--weights", str(FOLDER)])
+    assert fidelity.main() == code
+    assert ("NO" in capsys.readouterr().out) == bool(code)
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["fidelity", *arguments])
+    assert fidelity.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return str(line)
+
+
+def test_missing_weights_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    line = refused(monkeypatch, capsys, "--weights", str(tmp_path))
+    assert str(tmp_path / FILES[0]) in line
+
+
+@shipped
+@pytest.mark.parametrize("device", ["cuda:0", "banana"])
+def test_a_device_that_there_is_not_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: str
+) -> None:
+    if device == "cuda:0" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    line = refused(monkeypatch, capsys, "--weights", str(FOLDER), "--device", device)
+    assert "CUDA" in line or device in line
+
+
+@pytest.mark.gpu
+@shipped
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_is_measured() -> None:
+    done = command("--weights", str(FOLDER), "--device", "cuda:0", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    graphs = [row for row in rows if row["compared"].startswith("cuda-graph")]
+    assert [row["against"] for row in graphs] == ["eager float32", "eager bfloat16"]
+    assert not any(row["skipped"] for row in graphs)
+
+
+def test_joining_keeps_every_frame() -> None:
+    parts = [s.decoded for s in spoken_of(frames=6)]
+    whole = fidelity.joined(parts)
+    assert isinstance(whole, Decoded)
+    assert torch.equal(whole.codes[6:], parts[1].codes)
+    assert torch.equal(whole.scores[:6], parts[0].scores)

@@ -1,0 +1,86 @@
+"""The routes of one worker."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from workers.errors import ApiError
+from workers.http.middleware import Front, ModelRoute
+from workers.http.predict import Predict
+from workers.http.speech import Speech
+from workers.http.state import Worker
+from workers.http.status import Status
+from workers.model.responses import as_json
+
+
+def build_app(worker: Worker) -> ASGIApp:
+    status = Status(worker)
+    routes = [
+        Route("/livez", status.live),
+        Route("/readyz", status.ready),
+        Route("/health", status.health),
+        Route("/metrics", status.metrics),
+        Route("/v1/models", status.models),
+        Route("/v1/models/{name:path}", status.model),
+        Route("/longest_request", status.longest_request),
+    ]
+    if worker.served.predicts:
+        predict = ModelRoute(worker, Predict(worker))
+        routes += [Route(path, predict, methods=["POST"]) for path in worker.served.predict_paths]
+    if worker.served.speaks:
+        routes.append(
+            Route("/v1/audio/speech", ModelRoute(worker, Speech(worker)), methods=["POST"])
+        )
+        routes.append(Route("/v1/audio/voices", status.voices))
+    known = [route.path for route in routes if "{" not in route.path]
+    known.remove("/longest_request")  # not for the public
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _response(_explained(request, error, known))
+
+    app = Starlette(
+        routes=routes,
+        exception_handlers={HTTPException: refused, ApiError: _answered, Exception: _broken},
+    )
+    app.router.redirect_slashes = False
+    return Front(app, worker)
+
+
+def _explained(request: Request, error: HTTPException, known: list[str]) -> ApiError:
+    path = request.url.path[:200]
+    if error.status_code == 404:
+        return ApiError(
+            404, f"There is no {path} here. There is: {', '.join(known)}.", code="not_found"
+        )
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        return ApiError(
+            405,
+            f"{path} does not take {request.method}; it takes {allowed}.",
+            code="method_not_allowed",
+            headers={"allow": allowed},
+        )
+    return ApiError(error.status_code, error.detail, code="http_error")
+
+
+async def _answered(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _response(error)
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    """A fault of the worker itself. Its traceback is in the log."""
+    kind = type(error).__name__
+    return _response(ApiError(500, f"The worker failed: {kind}.", code="worker_failed"))
+
+
+def _response(error: ApiError) -> Response:
+    return Response(
+        as_json(error.body()), error.status, error.headers, media_type="application/json"
+    )

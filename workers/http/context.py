@@ -1,0 +1,350 @@
+"""One request and its answer: identity, deadline, body, headers, is the caller still there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from starlette.types import Message, Receive, Scope, Send
+
+from workers.errors import ApiError, invalid
+from workers.model.contract import Work
+from workers.model.responses import as_json
+from workers.queueing.crash_guard import Board
+from workers.queueing.deadline import TimeLimit
+from workers.queueing.job import Abandoned, DeadlinePassed, Job
+
+WATCH_AFTER = 0.02
+"""Seconds after which one begins to look whether the caller has left: short jobs never pay."""
+
+PIECE = 32 * 1024
+"""Bytes of a stream that are sent at once, so that a reader's pace is seen within a large item."""
+
+_REFUSALS = "/.gpufarm/"
+"""Where the balancer answers for the last worker that refused: this and 429 or 503."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_NOT_A_TOKEN = re.compile(r"[^A-Za-z0-9_-]")
+
+
+class Exchange:
+    """Wraps ASGI's receive and send, and remembers what the log and the metrics want to know."""
+
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, *, worker_id: str, timeout: float
+    ) -> None:
+        self.began = time.perf_counter()
+        self.scope = scope
+        self.receive = receive
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.headers = dict(scope["headers"])
+        self.limit = TimeLimit(timeout, self.header(b"x-request-start"))
+        self.id = self._identity()
+        self.status: int | None = None
+        """The status that was sent; None when nothing was."""
+        self.cut: int | None = None
+        """The status that would have been sent, had the stream not begun."""
+        self.first_byte: float | None = None
+        """Seconds from arrival to the first byte of the body."""
+        self.job: Job | None = None
+        self.audio_seconds: float | None = None
+        self.streamed = False
+        self.dropped: Abandoned | None = None
+        self.error_event: Callable[[dict[str, Any]], bytes] | None = None
+        """How an error is written into the stream that has begun, if it can be."""
+        self.left = False
+        self.complete = False
+        self.unread = False
+        """Whether the stream was given up while its reader took nothing."""
+        self._sending: asyncio.Timeout | None = None
+        self._send = send
+        self._own = [
+            (b"x-request-id", self.id.encode()),
+            (b"x-worker-id", worker_id.encode()),
+        ]
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def header(self, name: bytes) -> str:
+        """Empty when the request lacks it."""
+        return str(self.headers.get(name, b"").decode("latin-1"))
+
+    @property
+    def key(self) -> str:
+        """The balancer's own name of this request, the same at every worker it is tried on."""
+        return Board.key(self.header(b"x-farm-request"))
+
+    @property
+    def balanced(self) -> bool:
+        """Whether it came through the balancer, which sends a refused request to another worker
+        and shows what it gets to the public."""
+        return b"x-farm-request" in self.headers
+
+    @property
+    def content_type(self) -> str:
+        return self.header(b"content-type").partition(";")[0].strip().lower()
+
+    def work(self) -> Work:
+        """The work of this request, with its deadline.
+
+        Raises ApiError for a wrong header, and DeadlinePassed where other workers had all its time.
+        """
+        asked = self.header(b"x-request-timeout")
+        if asked:
+            self.limit.shorten(asked)
+        if not self.limit.left:
+            raise DeadlinePassed("waiting")
+        return Work(self.limit.deadline)
+
+    async def read_body(self, limit: int) -> bytes:
+        """Raises ApiError 413 beyond ``limit`` bytes, 408 when it does not arrive in time, and 415
+        when it is compressed."""
+        _check_encoding(self.header(b"content-encoding"))
+        length = self.header(b"content-length")
+        if length.isdigit() and int(length) > limit:
+            raise _too_large(limit)
+        try:
+            async with asyncio.timeout(self.limit.left):
+                message = await self.receive()
+                if message["type"] == "http.request" and not message.get("more_body"):
+                    return _bounded(bytes(message.get("body", b"")), limit)
+                return await self._rest(message, limit)
+        except TimeoutError:
+            raise ApiError(
+                408, f"The body did not arrive within {self.limit}.", code="timeout"
+            ) from None
+
+    async def _rest(self, message: Message, limit: int) -> bytes:
+        body = bytearray()
+        while True:
+            if message["type"] == "http.disconnect":
+                self.left = True
+                raise ApiError(499, "The caller left.", code="caller_left")
+            body += message.get("body", b"")
+            if len(body) > limit:
+                raise _too_large(limit)
+            if not message.get("more_body"):
+                return bytes(body)
+            message = await self.receive()
+
+    @contextlib.contextmanager
+    def watching(self, job: Job) -> Iterator[None]:
+        """Drop ``job`` when the caller leaves, and when its answer fails on the way, as in an
+        encoder. Costs a task only for jobs that take a while."""
+        self.job = job
+        job.on_dropped = self._interrupt
+        tasks: list[asyncio.Task[None]] = []
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(
+            WATCH_AFTER, lambda: tasks.append(loop.create_task(self._watch(job)))
+        )
+        try:
+            yield
+        finally:
+            job.on_dropped = None
+            job.leave()
+            timer.cancel()
+            for task in tasks:
+                task.cancel()
+
+    async def _watch(self, job: Job) -> None:
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+        if not self.complete:
+            self.left = True
+            job.leave()
+
+    def _interrupt(self) -> None:
+        """The job was dropped: wait no longer for a reader that takes nothing."""
+        if self._sending is not None:
+            self.unread = True
+            self._sending.reschedule(asyncio.get_running_loop().time())
+
+    async def send(self, message: Message) -> None:
+        """ASGI's send, with this worker's headers, for whoever answers below."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {**message, "headers": [*message.get("headers", ()), *self._own]}
+        else:
+            if self.first_byte is None and message.get("body"):
+                self.first_byte = self.seconds
+            self.complete = not message.get("more_body")
+        await self._send(message)
+
+    async def answer(
+        self, status: int, body: bytes, content_type: str, headers: dict[str, str] | None = None
+    ) -> None:
+        """One whole answer, the model's or the worker's.
+
+        A 502 would send the request on to another worker, after the model's work: that status is
+        the worker's own sign (see ``fail``), so a model's leaves as 500. Headers by which a model
+        could command the balancer are dropped. A 500 tells client libraries not to repeat it: what
+        fails here fails on the next worker too.
+        """
+        if status == 502:
+            status = 500
+        kept = {
+            name: value
+            for name, value in (headers or {}).items()
+            if not name.lower().startswith("x-accel-")
+        }
+        if status == 500:
+            kept.setdefault("x-should-retry", "false")
+        await self._start(status, content_type, {"content-length": str(len(body)), **kept})
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def fail(self, error: ApiError) -> None:
+        """Answer with ``error``; when the answer has already begun, cut it off.
+
+        A cut answer is not ended properly, so its caller sees that something is missing; a stream
+        of events ends with the error as its last one.
+
+        A refusal that another worker may not share leaves to the balancer as 502, on which it asks
+        the next one. If there is no next, it answers by its own page of the status meant.
+        """
+        if self.status is not None:
+            self.cut = error.status
+            if self.error_event is not None and not self.unread:
+                await self.send_chunk(self.error_event(error.body()))
+                await self.end_stream()
+            return
+        body = as_json(error.body())
+        if not (error.may_go_on and self.balanced):
+            await self.answer(error.status, body, "application/json", error.headers)
+            return
+        redirect = {"x-accel-redirect": f"{_REFUSALS}{error.status}"}
+        headers = {"content-length": str(len(body)), **error.headers, **redirect}
+        await self._start(502, "application/json", headers)
+        await self.send({"type": "http.response.body", "body": body})
+        self.status = error.status  # what is counted
+
+    async def start_stream(self, content_type: str, headers: dict[str, str] | None = None) -> None:
+        self.streamed = True
+        await self._start(
+            200,
+            content_type,
+            {"x-accel-buffering": "no", "cache-control": "no-cache", **(headers or {})},
+        )
+
+    async def send_chunk(self, body: bytes) -> None:
+        """Send a part of a stream, as fast as its reader takes it.
+
+        Raises what dropped the job meanwhile: its deadline, its caller, or that caller's pace.
+        """
+        try:
+            async with asyncio.timeout(None) as self._sending:
+                for start in range(0, len(body), PIECE):
+                    piece = body[start : start + PIECE]
+                    await self.send(
+                        {"type": "http.response.body", "body": piece, "more_body": True}
+                    )
+                    if self.job is not None:
+                        self.job.delivered((start + len(piece)) / len(body))
+        except TimeoutError:
+            if self.job is None or self.job.error is None:
+                raise
+            raise self.job.error from None
+        finally:
+            self._sending = None
+
+    async def end_stream(self) -> None:
+        await self.send({"type": "http.response.body", "body": b""})
+
+    async def _start(self, status: int, content_type: str, headers: dict[str, str]) -> None:
+        pairs = [(b"content-type", content_type.encode("latin-1"))]
+        pairs += [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        pairs += self._timings()
+        await self.send({"type": "http.response.start", "status": status, "headers": pairs})
+
+    def _timings(self) -> list[tuple[bytes, bytes]]:
+        job = self.job
+        if job is None:
+            return []
+        queue = f"{1000 * job.queue_seconds:.3f}".encode()
+        pairs = [(b"x-queue-time-ms", queue)]
+        stages = [b"queue;dur=" + queue]
+        if not self.streamed and job.ended is not None:
+            pairs.append((b"x-inference-time-ms", b"%.3f" % (1000 * job.service_seconds)))
+            for name, seconds in job.work.stages.items():
+                token = _NOT_A_TOKEN.sub("_", name).encode()
+                stages.append(b"%b;dur=%.3f" % (token, 1000 * seconds))
+        return [*pairs, (b"server-timing", b", ".join(stages))]
+
+    def _identity(self) -> str:
+        given = self.header(b"x-request-id")
+        return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def parse_json(body: bytes) -> Any:
+    """Raises ApiError 400. NaN and Infinity are no JSON, nor is a number that no float can hold."""
+    try:
+        # json.loads itself would let surrogates through that are no UTF-8.
+        text = body.decode(json.detect_encoding(body))
+        if not _MAYBE_HUGE.search(text):
+            return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_float, parse_int=_integer
+        )
+    except RecursionError:
+        raise invalid("The body is nested too deeply.") from None
+    except ValueError as error:
+        raise invalid(f"The body is not JSON: {error}.") from None
+
+
+_MAYBE_HUGE = re.compile(r"(?<![0-9])[0-9]{200}|[eE]\+?0*[1-9][0-9]{2}")
+"""Cheap to look for, and in every body that holds a number beyond a float's range. Only then are
+all numbers looked at one by one, which is slow."""
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {_short(text)} is beyond the range of a 64-bit float")
+    return value
+
+
+def _integer(text: str) -> int:
+    _float(text)
+    return int(text)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:20]}… of {len(text)} characters"
+
+
+def _check_encoding(value: str) -> None:
+    if value.strip().lower() not in ("", "identity"):
+        raise ApiError(
+            415,
+            f"Content-Encoding is {value[:40]!r}, and bodies are read as they are here; send it "
+            "uncompressed.",
+            code="content_encoding_unsupported",
+            param="Content-Encoding",
+            headers={"accept-encoding": "identity"},
+        )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _bounded(body: bytes, limit: int) -> bytes:
+    if len(body) > limit:
+        raise _too_large(limit)
+    return body
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(
+        413, f"The body is larger than the limit of {limit} bytes.", code="body_too_large"
+    )

@@ -1,0 +1,154 @@
+"""The HTTP server: listens when the model is warm, drains on a signal, and ends with 0 then."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import math
+import os
+import socket
+from collections.abc import Generator
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from workers.http.protocol import JsonErrorProtocol
+from workers.http.state import Worker
+from workers.logs import log
+
+KEEP_ALIVE = 90
+"""Seconds an idle connection stays open: longer than nginx keeps it, which then never meets a
+connection that is just being closed."""
+
+DRAIN_GRACE = 5.0
+"""Seconds a drain may take beyond the longest request."""
+
+_PROBE = 1.0
+"""Seconds in which a connect on this machine succeeds or is refused."""
+
+_ARRIVAL_GRACE = 0.05
+"""Seconds in which a request is read whose connection was let in just before the drain."""
+
+_ANSWER_GRACE = 0.25
+"""Seconds in which the answer of the request that lost the device leaves."""
+
+
+class PortTaken(Exception):  # noqa: N818 - says what is wrong
+    """One line that names the address and the remedy."""
+
+
+def reserve(host: str, port: int) -> socket.socket:
+    """Bind, but do not listen: the port is ours, and still refuses connections.
+
+    The controller holds an empty slot's port by a socket that is bound with SO_REUSEPORT and never
+    listens, so that no other user can take it. Beside it a process of the same user binds with
+    SO_REUSEPORT too. That would succeed beside a server as well, and the kernel would share its
+    connections out between both: so a port that accepts connections is refused first.
+
+    Raises PortTaken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    reserved = socket.socket(family, socket.SOCK_STREAM)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        if port and _accepts(family, host, port):
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        reserved.bind((host, port))
+    except OSError as error:
+        reserved.close()
+        raise _taken(host, port, error) from None
+    return reserved
+
+
+def _accepts(family: int, host: str, port: int) -> bool:
+    """Tell whether a server listens there. One whose backlog is full lets a connect wait, which
+    is not a refusal either."""
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_PROBE)
+        try:
+            probe.connect((host, port))  # 0.0.0.0 and :: reach this machine
+        except TimeoutError:
+            return True
+        except OSError:
+            return False
+        # in the range of the kernel's own choices it may have connected to itself
+        return bool(probe.getsockname() != probe.getpeername())
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which after a drain does not end itself by the signal it drained for."""
+
+    def __init__(self, app: ASGIApp, worker: Worker) -> None:
+        timeout = worker.spec.request_timeout + DRAIN_GRACE
+        super().__init__(
+            uvicorn.Config(
+                app,
+                loop="uvloop",
+                http=JsonErrorProtocol,
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=KEEP_ALIVE,
+                timeout_graceful_shutdown=math.ceil(timeout),
+            )
+        )
+        self._worker = worker
+        worker.line.on_sticky = self._end_at_once
+
+    def listen(self, reserved: socket.socket) -> None:
+        """Serve until drained. Raises PortTaken when another listens there by now."""
+        host, port = reserved.getsockname()[:2]
+        try:
+            if _accepts(reserved.family, host, port):  # one that began while the model was loading
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            reserved.listen(self.config.backlog)
+        except OSError as error:
+            raise _taken(host, port, error) from None
+        self.run(sockets=[reserved])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert sockets is not None
+        host, port = sockets[0].getsockname()[:2]
+        log.info("ready url=http://%s:%d pid=%d", host, port, os.getpid())
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            os._exit(128 + sig)
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        self._captured_signals.clear()
+        with super().capture_signals():
+            yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        line = self._worker.line
+        self._worker.draining = True
+        log.info("draining running=%d waiting=%d", line.running, line.waiting)
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(_ARRIVAL_GRACE)
+        await super().shutdown(sockets)
+
+    def _end_at_once(self) -> None:
+        """The device is lost to this process: whoever waits is better served by another."""
+        log.critical("the device is lost to this process; ending with 1")
+        for server in self.servers:
+            server.close()
+        asyncio.get_running_loop().call_later(_ANSWER_GRACE, os._exit, 1)
+
+
+def _taken(host: str, port: int, error: OSError) -> PortTaken:
+    if error.errno == errno.EADDRINUSE:
+        return PortTaken(
+            f"port {port} on {host} is in use; end what listens there, or choose another --port"
+        )
+    return PortTaken(f"cannot listen on {host}:{port}: {error.strerror}; correct --host or --port")

@@ -1,0 +1,132 @@
+"""``POST /v1/audio/speech``: text in, speech out, whole or while it is being made."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from functools import partial
+from typing import Any
+
+from workers.errors import ApiError
+from workers.http.context import Exchange, parse_json
+from workers.http.speech_request import Wanted, parse_speech
+from workers.http.state import Worker
+from workers.model.audio import CONTENT_TYPES, Encoder, encode, encoder, writable_rate
+from workers.model.contract import Audio
+from workers.model.responses import EVENTS, as_json
+
+
+class Speech:
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    async def __call__(self, exchange: Exchange) -> None:
+        worker = self._worker
+        work = exchange.work()
+        body = await exchange.read_body(worker.spec.body_limit)
+        worker.line.check()
+        wanted = parse_speech(parse_json(body), worker.spec, worker.served.voices, work)
+        worker.pace.check(wanted.speech, exchange.limit)
+        if wanted.progressive:
+            await self._streamed(exchange, wanted)
+        else:
+            await self._whole(exchange, wanted)
+        if exchange.job is not None:
+            worker.pace.add(wanted.speech, exchange.job.busy_seconds)
+
+    async def _whole(self, exchange: Exchange, wanted: Wanted) -> None:
+        served = self._worker.served
+        call = partial(served.speak_all, wanted.speech)
+        job = self._worker.line.submit(call, wanted.speech.work, exchange.key)
+        with exchange.watching(job):
+            chunks: list[Audio] = await anext(job)
+            seconds = sum(map(len, chunks)) / served.sample_rate
+            if not chunks:
+                raise _silent()
+            exchange.audio_seconds = seconds
+            body = await self._write(
+                wanted, encode, chunks, served.sample_rate, wanted.response_format
+            )
+        headers = {
+            "x-sample-rate": self._rate(wanted),
+            "x-audio-seconds": f"{seconds:.3f}",
+            "x-real-time-factor": f"{job.service_seconds / seconds:.4f}",
+        }
+        await exchange.answer(200, body, CONTENT_TYPES[wanted.response_format], headers)
+
+    async def _streamed(self, exchange: Exchange, wanted: Wanted) -> None:
+        served = self._worker.served
+        call = partial(served.speak, wanted.speech)
+        job = self._worker.line.submit(call, wanted.speech.work, exchange.key)
+        count = 0
+        writer: Encoder | None = None
+        with exchange.watching(job):
+            async for chunk in job:
+                if writer is None:
+                    writer = encoder(served.sample_rate, wanted.response_format)
+                    await self._begin(exchange, wanted)
+                count += len(chunk)
+                exchange.audio_seconds = count / served.sample_rate
+                data = await self._write(wanted, writer.feed, chunk)
+                await exchange.send_chunk(_framed(data, wanted))
+            if writer is None:
+                raise _silent()
+            data = await self._write(wanted, writer.finish)
+            await exchange.send_chunk(_framed(data, wanted))
+            if wanted.events:
+                await exchange.send_chunk(_done(wanted, count / served.sample_rate))
+            await exchange.end_stream()
+
+    async def _begin(self, exchange: Exchange, wanted: Wanted) -> None:
+        content_type = CONTENT_TYPES[wanted.response_format]
+        if wanted.events:
+            content_type = EVENTS
+            exchange.error_event = _error_event
+        await exchange.start_stream(content_type, {"x-sample-rate": self._rate(wanted)})
+
+    def _rate(self, wanted: Wanted) -> str:
+        """Hz of what is sent, which is not the model's where the format cannot carry that."""
+        return str(writable_rate(self._worker.served.sample_rate, wanted.response_format))
+
+    def _is_cheap(self, wanted: Wanted) -> bool:
+        """Samples that are only cast are written here; encoding and resampling take a thread of
+        their own."""
+        rate = self._worker.served.sample_rate
+        name = wanted.response_format
+        return name == "wav" or (name == "pcm" and writable_rate(rate, name) == rate)
+
+    async def _write(self, wanted: Wanted, write: Any, *arguments: Any) -> bytes:
+        if self._is_cheap(wanted):
+            return bytes(write(*arguments))
+        loop = asyncio.get_running_loop()
+        return bytes(await loop.run_in_executor(self._worker.encoder_thread, write, *arguments))
+
+
+def _silent() -> ApiError:
+    return ApiError(500, "The model made no audio of this input.", code="no_audio")
+
+
+def _framed(data: bytes, wanted: Wanted) -> bytes:
+    if not wanted.events or not data:
+        return data
+    return _event({"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()})
+
+
+def _done(wanted: Wanted, seconds: float) -> bytes:
+    """OpenAI's clients expect token counts; nothing here is counted in tokens, so they are 0."""
+    usage = {
+        "input_tokens": 0,
+        "output_tokens": 0,
+        "total_tokens": 0,
+        "characters": len(wanted.speech.input),
+        "audio_seconds": round(seconds, 3),
+    }
+    return _event({"type": "speech.audio.done", "usage": usage})
+
+
+def _error_event(body: dict[str, Any]) -> bytes:
+    return _event({"type": "error", **body})
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + as_json(value) + b"\n\n"

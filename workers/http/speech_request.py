@@ -1,0 +1,168 @@
+"""The body of ``POST /v1/audio/speech``, checked after OpenAI's contract."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from workers.errors import invalid, unknown
+from workers.model.audio import CONTENT_TYPES, PROGRESSIVE
+from workers.model.contract import SpeechRequest, Work
+from workers.model.spec import DEFAULT_NAME, Spec
+
+OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
+"""What every first example of a client library writes: any speech model answers to them."""
+
+OPENAI_VOICES = frozenset(
+    {
+        *("alloy", "ash", "ballad", "cedar", "coral", "echo", "fable"),
+        *("marin", "nova", "onyx", "sage", "shimmer", "verse"),
+    }
+)
+"""Voices of OpenAI's. A model with one voice answers to them with it; with several, the
+configuration says which is meant (``model.voice_aliases``)."""
+
+_OWN_FIELDS = frozenset(
+    {
+        *("input", "model", "voice", "instructions", "response_format", "speed", "seed"),
+        *("stream", "stream_format"),
+    }
+)
+_FORMATS = ", ".join(CONTENT_TYPES)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be spoken, and how it is to leave."""
+
+    speech: SpeechRequest
+    response_format: str
+    events: bool
+    """Server-sent events."""
+    progressive: bool
+    """Audio leaves while more is being made."""
+
+
+def parse_speech(body: Any, spec: Spec, voices: list[str], work: Work) -> Wanted:
+    """Raises ApiError 400 or 404, naming the field, the value and what is allowed."""
+    if not isinstance(body, dict):
+        raise invalid("The body is no JSON object; it needs at least an input.")
+    _check_model(body.get("model"), spec)
+    response_format = _choice(body, "response_format", "mp3", (*CONTENT_TYPES, "aac"))
+    if response_format == "aac":
+        raise invalid(
+            f"response_format 'aac' cannot be written here; one of {_FORMATS} is needed.",
+            "response_format",
+        )
+    stream_format = _choice(body, "stream_format", None, ("audio", "sse"))
+    stream = _stream(body.get("stream"), stream_format)
+    speech = SpeechRequest(
+        input=_input(body.get("input"), spec.input_limit),
+        voice=_voice(body.get("voice"), voices, spec.voice_aliases),
+        speed=_speed(body.get("speed")),
+        seed=_seed(body.get("seed")),
+        instructions=_instructions(body.get("instructions")),
+        extra={key: value for key, value in body.items() if key not in _OWN_FIELDS},
+        work=work,
+    )
+    return Wanted(
+        speech,
+        response_format,
+        events=stream_format == "sse",
+        progressive=stream is not False
+        and (stream_format is not None or response_format in PROGRESSIVE),
+    )
+
+
+def _stream(value: Any, stream_format: str | None) -> bool | None:
+    """A field of ours: false asks for the whole answer, which states its length and pace."""
+    if value is not None and not isinstance(value, bool):
+        raise invalid(f"stream is {_shown(value)}; true or false is needed.", "stream")
+    if value is False and stream_format == "sse":
+        raise invalid(
+            "stream is false, but stream_format is 'sse', which is a stream; leave one out.",
+            "stream",
+        )
+    return value
+
+
+def _check_model(value: Any, spec: Spec) -> None:
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise invalid(f"model is {_shown(value)}; a text is needed.", "model")
+    if value not in spec.names and value not in OPENAI_MODELS:
+        raise unknown("model", value, spec.names)
+
+
+def _input(value: Any, limit: int) -> str:
+    if value is None:
+        raise invalid("input is missing: the text to be spoken.", "input")
+    if not isinstance(value, str):
+        raise invalid(f"input is {_shown(value)}; a text is needed.", "input")
+    if not value.strip():
+        raise invalid("input is empty; there is nothing to speak.", "input")
+    if len(value) > limit:
+        raise invalid(
+            f"input has {len(value)} characters; at most {limit} are spoken at once.", "input"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise invalid("input holds half of a surrogate pair, which is no text.", "input") from None
+    return value
+
+
+def _voice(value: Any, voices: list[str], aliases: dict[str, str]) -> str:
+    if isinstance(value, dict) and "id" in value:
+        value = value["id"]
+    if value is None:
+        return voices[0]
+    if not isinstance(value, str):
+        raise invalid(f'voice is {_shown(value)}; a text or {{"id": …}} is needed.', "voice")
+    if value in voices:
+        return value
+    if value in aliases:
+        return aliases[value]
+    if value == DEFAULT_NAME or (value in OPENAI_VOICES and len(voices) == 1):
+        return voices[0]
+    raise unknown("voice", value, list(dict.fromkeys((*voices, *aliases, DEFAULT_NAME))))
+
+
+def _speed(value: Any) -> float:
+    if value is None:
+        return 1.0
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # An integer of any size can be compared with a float, but not made one.
+    if not number or not 0.25 <= value <= 4:
+        raise invalid(f"speed is {_shown(value)}; a number from 0.25 to 4 is needed.", "speed")
+    return float(value)
+
+
+def _seed(value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
+        raise invalid(f"seed is {_shown(value)}; a whole number of 64 bits is needed.", "seed")
+    return value
+
+
+def _instructions(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise invalid(f"instructions is {_shown(value)}; a text is needed.", "instructions")
+    return value
+
+
+def _choice(body: dict[str, Any], key: str, default: Any, allowed: tuple[str, ...]) -> Any:
+    value = body.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, str) or value not in allowed:
+        names = ", ".join(name for name in allowed if name != "aac")
+        raise invalid(f"{key} is {_shown(value)}; one of {names} is needed.", key)
+    return value
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:60]

@@ -1,0 +1,31 @@
+"""What all routes of one worker share."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+from workers.http.metrics import Metrics
+from workers.model.loader import Served
+from workers.model.spec import Spec
+from workers.queueing.queue import Line
+from workers.queueing.speech_rate import Pace
+
+
+@dataclass
+class Worker:
+    """One process with one model, one port, and one thread for its device."""
+
+    id: str
+    spec: Spec
+    served: Served
+    device_thread: Executor
+    encoder_thread: Executor
+    """Where audio is compressed, so that neither the device nor the event loop waits for it."""
+    line: Line
+    metrics: Metrics
+    pace: Pace = field(default_factory=Pace)
+    draining: bool = False
+    started: float = field(default_factory=time.time)
+    """Unix time."""

@@ -1,0 +1,110 @@
+"""What a worker tells of itself: probes, health, metrics, models, voices."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from workers.errors import ApiError, unknown
+from workers.http.context import Exchange
+from workers.http.memory import resident_bytes
+from workers.http.state import Worker
+from workers.model.responses import as_json
+
+
+class Status:
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    async def live(self, request: Request) -> Response:
+        return _json({"status": "live"})
+
+    async def ready(self, request: Request) -> Response:
+        if self._worker.draining or self._worker.line.closed:
+            error = ApiError(503, "The worker is ending.", code="draining")
+            return _json(error.body(), 503, {"retry-after": "1"})
+        return _json({"status": "ready"})
+
+    async def health(self, request: Request) -> Response:
+        """The last report, whole to who asks this worker itself, and its outline to the public."""
+        return _json(self._outline() if _is_public(request) else self._report())
+
+    def _outline(self) -> dict[str, Any]:
+        """What says nothing of the machine."""
+        report = self._report()
+        keys = ["status", "model", "engine", "provider", "running", "waiting"]
+        if self._worker.served.speaks:
+            keys += ["sample_rate", "voices"]
+        kind = self._worker.served.device.partition(":")[0]
+        return {**{key: report[key] for key in keys}, "device": kind}
+
+    def _report(self) -> dict[str, Any]:
+        worker = self._worker
+        line = worker.line
+        served = worker.served
+        mean = line.mean_service_seconds
+        speech = {"sample_rate": served.sample_rate, "voices": served.voices}
+        return {
+            "device": served.device,
+            "dtype": None,
+            "engine": None,
+            "provider": None,
+            **(speech if served.speaks else {}),
+            **served.report,
+            "status": "draining" if worker.draining or line.closed else "ready",
+            "id": worker.id,
+            "pid": os.getpid(),
+            "model": worker.spec.name,
+            "running": line.running,
+            "waiting": line.waiting,
+            "line": line.limit,
+            "served": line.served,
+            "service_seconds": None if mean is None else round(mean, 6),
+            "uptime_seconds": round(time.time() - worker.started, 3),
+            "resident_bytes": resident_bytes(),
+        }
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._worker.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    async def models(self, request: Request) -> Response:
+        data = [self._model(name) for name in self._worker.spec.names]
+        return _json({"object": "list", "data": data})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self._worker.spec.names:
+            raise unknown("model", name, self._worker.spec.names)
+        return _json(self._model(name))
+
+    async def voices(self, request: Request) -> Response:
+        return _json({"voices": self._worker.served.voices})
+
+    async def longest_request(self, request: Request) -> Response:
+        """What sizing is to send; asked for before there is any traffic, of the worker itself."""
+        if _is_public(request):
+            raise HTTPException(404)
+        longest = self._worker.served.longest_request
+        if longest is None:
+            raise ApiError(404, "The model gives no longest_request().", code="not_found")
+        return _json(longest)
+
+    def _model(self, name: str) -> dict[str, Any]:
+        created = self._worker.spec.created
+        return {"id": name, "object": "model", "created": created, "owned_by": "gpufarm"}
+
+
+def _is_public(request: Request) -> bool:
+    """Whether it came through the balancer, which marks what it passes on."""
+    exchange: Exchange = request.scope["exchange"]
+    return exchange.balanced
+
+
+def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(as_json(value), status, headers, media_type="application/json")

@@ -1,0 +1,157 @@
+"""The one model of a worker, whatever its shape: what it can do, and how it is called."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from typing import Any, TypeVar
+
+from workers.errors import LoadError
+from workers.model.async_calls import DeviceLoop
+from workers.model.audio import samples
+from workers.model.contract import Audio, SpeechRequest
+from workers.model.litserve import LitModel, is_litapi
+from workers.model.loading import attempt, construct, load_class
+from workers.model.responses import as_json, stream, whole
+from workers.model.signatures import check_calls
+from workers.model.spec import Spec
+
+T = TypeVar("T")
+
+
+class Served:
+    """A loaded and warm model. All of its methods belong to the device thread."""
+
+    def __init__(self, model: Any, spec: Spec, device: str, loop: DeviceLoop) -> None:
+        self.spec = spec
+        self.device = device
+        self.speaks = hasattr(model, "speak")
+        self.predicts = hasattr(model, "predict")
+        self.is_litapi = isinstance(model, LitModel)
+        self.predict_paths = ["/predict"]
+        if isinstance(model, LitModel) and model.path != "/predict":
+            self.predict_paths.append(model.path)
+        self.sample_rate = 0
+        self.voices: list[str] = []
+        self.startup_seconds: dict[str, float] = {}
+        self.report: dict[str, Any] = {}
+        """What the model last said of itself."""
+        self.longest_request: dict[str, Any] | list[Any] | None = None
+        """What sizing sends to measure the footprint, if the model knows."""
+        self._model = model
+        self._loop = loop
+
+    def predict(self, payload: Any, events: bool) -> Any:
+        """An Answer, or an iterator: the content type, then chunks of bytes."""
+        value = self._loop.resolved(self._model.predict(payload))
+        if isinstance(value, Iterator):
+            return stream(value, events)
+        return whole(value)
+
+    def speak(self, request: SpeechRequest) -> Iterator[Audio]:
+        """The speech in finite float32 chunks, while it is being made."""
+        chunks = self._loop.resolved(self._model.speak(request))
+        try:
+            for chunk in chunks:
+                request.work.check()
+                audio = samples(chunk)
+                if len(audio):
+                    yield audio
+        finally:
+            close = getattr(chunks, "close", None)
+            if close is not None:
+                close()
+
+    def speak_all(self, request: SpeechRequest) -> list[Audio]:
+        """The same chunks, all at once."""
+        return list(self.speak(request))
+
+    def refresh(self) -> None:
+        """Ask the model for its report; it stays empty when the model says nothing."""
+        health = getattr(self._model, "health", None)
+        if health is None:
+            return
+        value = self._loop.resolved(health())
+        if not isinstance(value, dict):
+            raise TypeError(f"health() gave a {type(value).__name__}; a dict is needed")
+        as_json(value)
+        self.report = value
+
+    def read_longest_request(self) -> None:
+        """Ask the model once, at the start, what sizing is to send: nobody waits for it later."""
+        ask = getattr(self._model, "longest_request", None)
+        longest = self._loop.resolved(ask()) if ask is not None else None
+        if longest is not None and not isinstance(longest, dict | list):
+            kind = type(longest).__name__
+            raise TypeError(f"longest_request() gave a {kind}; a dict or a list of them is needed")
+        as_json(longest)
+        self.longest_request = longest
+
+
+def load(spec: Spec, device: str, executor: Executor) -> Served:
+    """Import the class here; construct, set up and warm up on the device thread.
+
+    Raises LoadError: one line that says what failed, why, and where.
+    """
+    cls = load_class(spec)
+    return executor.submit(_prepare, cls, spec, device).result()
+
+
+def _prepare(cls: type[Any], spec: Spec, device: str) -> Served:
+    _check_class(cls, spec)
+    began = time.perf_counter()
+    model = construct(cls, spec)
+    loop = DeviceLoop()
+    if is_litapi(cls):
+        model = LitModel(model, loop)
+    check_calls(model, spec.target)
+    served = Served(model, spec, device, loop)
+    _step(spec, f'setup("{device}")', lambda: loop.resolved(model.setup(device)))
+    loaded = time.perf_counter()
+    if served.speaks:
+        _read_voice(model, served)
+    elif spec.voice_aliases:
+        raise LoadError(f"model.voice_aliases is set, but {spec.target} has no speak(request)")
+    warm_up = getattr(model, "warm_up", None)
+    if warm_up is not None:
+        _step(spec, "warm_up()", lambda: loop.resolved(warm_up()))
+    _step(spec, "health()", served.refresh)
+    _step(spec, "longest_request()", served.read_longest_request)
+    served.startup_seconds = {"load": loaded - began, "warm_up": time.perf_counter() - loaded}
+    return served
+
+
+def _step(spec: Spec, what: str, step: Callable[[], T]) -> T:
+    return attempt(f"{spec.target}: {what}", step)
+
+
+def _check_class(cls: type[Any], spec: Spec) -> None:
+    if not hasattr(cls, "setup"):
+        raise LoadError(f"{spec.target} has no setup(device); a model needs one")
+    if not hasattr(cls, "predict") and not hasattr(cls, "speak"):
+        raise LoadError(
+            f"{spec.target} has neither predict(request) nor speak(request); a model needs one"
+        )
+
+
+def _read_voice(model: Any, served: Served) -> None:
+    target = served.spec.target
+    rate = getattr(model, "sample_rate", None)
+    if not isinstance(rate, int) or not 1000 <= rate <= 384_000:
+        raise LoadError(f"{target}.sample_rate is {rate!r}; a whole number of Hz is needed")
+    voices = getattr(model, "voices", None)
+    if (
+        not isinstance(voices, list | tuple)
+        or not voices
+        or not all(isinstance(voice, str) for voice in voices)
+    ):
+        raise LoadError(f"{target}.voices is {voices!r}; a list with at least one name is needed")
+    for alias, voice in served.spec.voice_aliases.items():
+        if voice not in voices:
+            raise LoadError(
+                f'model.voice_aliases: "{alias}" stands for "{voice}", which is no voice of '
+                f"{target}; its voices: {', '.join(voices)}"
+            )
+    served.sample_rate = rate
+    served.voices = list(voices)

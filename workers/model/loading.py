@@ -1,0 +1,174 @@
+"""From ``package.module:Class`` and its arguments to an instance, or one line that says why not."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from workers.device_errors import is_exhausted
+from workers.errors import LoadError
+from workers.model.spec import Spec
+
+T = TypeVar("T")
+
+
+def load_class(spec: Spec) -> type[Any]:
+    """Import the class that ``spec.target`` names. Raises LoadError."""
+    _extend_path(spec.path)
+    module_name, _, class_name = spec.target.partition(":")
+    parts = [*module_name.split("."), class_name]
+    if not all(part.isidentifier() for part in parts):
+        raise LoadError(
+            f'model.target "{spec.target}" names no class; write "package.module:Class"'
+        )
+    try:
+        module = attempt(f'model.target "{spec.target}"', lambda: _import(module_name, spec))
+    except LoadError as error:
+        if isinstance(cause := error.__cause__, _FAULTS_OF_THE_CODE):
+            error.permanent = not is_exhausted(cause)
+        raise
+    found = getattr(module, class_name, None)
+    if found is None and (clash := _clash(f"{module_name}.{class_name}", spec)):
+        raise LoadError(f'model.target "{spec.target}": {clash}')
+    if found is None:
+        raise LoadError(
+            f'model.target "{spec.target}": the module {module_name} ({_origin(module)}) '
+            f"has no {class_name}; {_nearest(module, class_name)}"
+        )
+    if not inspect.isclass(found):
+        raise LoadError(
+            f'model.target "{spec.target}" is no class but {type(found).__name__}; name a class'
+        )
+    return found
+
+
+def construct(cls: type[Any], spec: Spec) -> Any:
+    """``cls(**args)``. Raises LoadError, naming the arguments that the class takes."""
+    try:
+        signature = inspect.signature(cls)
+    except (TypeError, ValueError):
+        signature = None
+    if signature is not None:
+        try:
+            signature.bind(**spec.args)
+        except TypeError as error:
+            raise LoadError(
+                f"model.args {sorted(spec.args)} do not fit {spec.target}: {error}; "
+                f"it takes {signature}"
+            ) from None
+    return attempt(f"{spec.target}(…)", lambda: cls(**spec.args))
+
+
+_FAULTS_OF_THE_CODE = (ImportError, SyntaxError, NameError, AttributeError, TypeError)
+"""What importing a module raises when the module itself is wrong or lacks another one."""
+
+
+def attempt(what: str, step: Callable[[], T]) -> T:
+    """Run a step of the start. Whatever it raises becomes one line with the place it came from.
+
+    The LoadError is not permanent: what the model's own code met may be gone at the next start.
+    """
+    try:
+        return step()
+    except LoadError:
+        raise
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        message = " ".join(str(error).split()) or "no message"
+        raise LoadError(
+            f"{what} failed: {type(error).__name__}: {message[:600]}{_place(error)}",
+            permanent=False,
+        ) from error
+
+
+def _extend_path(folders: tuple[Path, ...]) -> None:
+    for folder in reversed(folders):
+        if not folder.is_dir():
+            raise LoadError(f"path {folder} is no folder; correct it, or create the folder")
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+
+
+def _import(name: str, spec: Spec) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        if clash := _clash(missing, spec):
+            raise LoadError(f'model.target "{spec.target}": {clash}') from None
+        if name != missing and not name.startswith(f"{missing}."):
+            raise LoadError(
+                f'model.target "{spec.target}": {name} needs the module {missing}, which is not '
+                f"installed{_place(error)}; install it into {sys.prefix}"
+            ) from None
+        searched = ", ".join(str(folder) for folder in spec.path) or "no folders of its own"
+        raise LoadError(
+            f'model.target "{spec.target}": there is no module {missing}; searched {searched} '
+            f"and the installed packages; correct the name, or add its folder to workers.path"
+        ) from None
+
+
+_OWN_PACKAGES = ("workers", "launcher", "balancer", "loadtest")
+"""gpufarm's, of which an installation has all."""
+
+
+def _clash(name: str, spec: Spec) -> str:
+    """Why a module ``name`` cannot be found where gpufarm's own package has its first name; empty
+    where it has not."""
+    top = name.partition(".")[0]
+    if top not in _OWN_PACKAGES:
+        return ""
+    theirs = [folder / leaf for folder in spec.path for leaf in (top, f"{top}.py")]
+    found = next((path for path in theirs if path.exists() and not _is_imported(path, top)), None)
+    if found is None:
+        return ""
+    return (
+        f'{found} has the name of gpufarm\'s own package "{top}", which is imported instead and '
+        f"has no {name.removeprefix(f'{top}.')}; rename it, and the target with it"
+    )
+
+
+def _is_imported(path: Path, top: str) -> bool:
+    """Whether ``import top`` gives what lies at ``path``."""
+    found = importlib.util.find_spec(top)
+    if found is None:
+        return False
+    places = [*(found.submodule_search_locations or ()), found.origin or ""]
+    return path.resolve() in [Path(place).resolve() for place in places]
+
+
+def _origin(module: Any) -> str:
+    return getattr(module, "__file__", None) or "built in"
+
+
+def _nearest(module: Any, name: str) -> str:
+    classes = [
+        key
+        for key, value in vars(module).items()
+        if inspect.isclass(value) and value.__module__ == module.__name__
+    ]
+    near = difflib.get_close_matches(name, classes, n=1)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"its classes: {', '.join(sorted(classes)) or 'none'}"
+
+
+def _place(error: BaseException) -> str:
+    """`` (file.py:12)``: where the user's own code stood, as far as one can tell."""
+    if isinstance(error, SyntaxError):  # it names its place itself
+        return ""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(("<", str(Path(__file__).parent)))
+    ]
+    outside = [frame for frame in frames if "site-packages" not in frame.filename]
+    innermost = (outside or frames)[-1:]
+    return f" ({innermost[0].filename}:{innermost[0].lineno})" if innermost else ""

@@ -1,0 +1,122 @@
+"""What a model returns or yields, as the bytes of a response."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from workers.errors import ApiError
+from workers.model.unsendable import plain, unsendable
+
+JSON = "application/json"
+BYTES = "application/octet-stream"
+TEXT = "text/plain; charset=utf-8"
+LINES = "application/x-ndjson"
+EVENTS = "text/event-stream"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole response body."""
+
+    body: bytes
+    content_type: str = BYTES
+    status: int = 200
+    headers: dict[str, str] | None = None
+
+
+class Text(bytes):
+    """Text that leaves as it is, in a stream too."""
+
+
+def as_json(value: Any) -> bytes:
+    """UTF-8 JSON. Arrays and tensors become lists. Raises TypeError or ValueError otherwise."""
+    return json.dumps(value, default=plain, allow_nan=False, separators=(",", ":")).encode()
+
+
+def model_json(value: Any) -> bytes:
+    """The same for what a model returned. Raises ApiError 500 naming what cannot be sent, and how
+    it can be: the model's author reads it."""
+    try:
+        return as_json(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _not_sent(unsendable(value, error)) from None
+
+
+def encoded(text: str) -> bytes:
+    """A text that a model returned, as UTF-8. Raises ApiError 500 for half of a surrogate pair."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise _not_sent(
+            f"a text whose character {error.start} is half of a surrogate pair, which UTF-8 cannot "
+            'carry: return text.encode("utf-8", "replace"), or correct what made it'
+        ) from None
+
+
+def _not_sent(what: str) -> ApiError:
+    return ApiError(
+        500,
+        f"The model returned {what}.",
+        code="answer_not_sendable",
+        headers={"x-should-retry": "false"},
+    )
+
+
+def whole(value: Any) -> Answer:
+    """A returned value: bytes and str as they are, anything else as JSON. Raises ApiError 500."""
+    if isinstance(value, Answer):
+        return value
+    if isinstance(value, bytes | bytearray | memoryview):
+        return Answer(bytes(value), BYTES)
+    if isinstance(value, str):
+        return Answer(encoded(value), TEXT)
+    return Answer(model_json(value), JSON)
+
+
+def stream(values: Iterator[Any], events: bool) -> Iterator[Any]:
+    """First the content type (str), then the chunks (bytes) of what a model yields.
+
+    Bytes leave as they are. JSON values leave one a line, or as server-sent events, whose last
+    one is ``event: done``. Closing this closes ``values``.
+    """
+    raw: bool | None = None
+    try:
+        for value in values:
+            is_bytes = isinstance(value, bytes | bytearray | memoryview)
+            if raw is None:
+                raw = is_bytes
+                yield _content_type(value, raw, events)
+            if is_bytes is not raw:
+                raise _not_sent(
+                    "both bytes and JSON values in one stream, which has one content type: yield "
+                    "one kind only"
+                )
+            yield bytes(value) if raw else _framed(model_json(value), events)
+        if raw is None:
+            yield EVENTS if events else LINES
+        if events and not raw:
+            yield b"event: done\ndata: {}\n\n"
+    finally:
+        close = getattr(values, "close", None)
+        if close is not None:
+            close()
+
+
+def error_event(body: dict[str, Any]) -> bytes:
+    """An error in a stream of events that has already begun."""
+    return b"event: error\ndata: " + as_json(body) + b"\n\n"
+
+
+def _content_type(first: Any, raw: bool, events: bool) -> str:
+    if isinstance(first, Text):
+        return TEXT
+    if raw:
+        return BYTES
+    return EVENTS if events else LINES
+
+
+def _framed(value: bytes, events: bool) -> bytes:
+    return b"data: " + value + b"\n\n" if events else value + b"\n"

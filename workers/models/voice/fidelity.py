@@ -1,0 +1,331 @@
+"""Do the demo voice's ways of computing agree: graph and eager, ONNX and torch, half and whole?
+
+python -m workers.models.voice.fidelity [--device cpu|cuda:0] [--json]
+
+Every comparison says over how many vectors it was made, the least and the mean cosine between
+them, and the largest difference of two values. The exit code is 1 when a least cosine is below
+what that comparison has to reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from workers.engines.onnx_runtime import ProviderError
+from workers.model.contract import Work
+from workers.models.voice import text as written
+from workers.models.voice.codec_decoder import CodecDecoder
+from workers.models.voice.dual_ar import DualAR
+from workers.models.voice.gpu_proof.fidelity import Decoded, Probed, compare, decode
+from workers.models.voice.gpu_proof.report import columns
+from workers.models.voice.phones import SIGNS
+from workers.models.voice.sampling import Sampling
+from workers.models.voice.speech import Voice
+from workers.models.voice.weights import DATA, WeightsError, dtype_of
+
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Would you rather walk to the station, or wait here until the rain is over?",
+    "She sold nine hundred and forty two boxes of apples before the end of the summer!",
+)
+SAME = 0.9999
+"""What the same arithmetic in another order has to reach."""
+NEAR = 0.999
+"""What another library's kernels have to reach, over samples."""
+HALF = {"bfloat16": 0.998, "float16": 0.9999}
+"""What half precision has to reach."""
+GREEDY = Sampling(temperature=0.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison, or why there is none."""
+
+    compared: str
+    against: str
+    of: str
+    """What a vector holds."""
+    n: int = 0
+    """Vectors."""
+    cosine_least: float | None = None
+    cosine_mean: float | None = None
+    difference_most: float | None = None
+    required: float = 0.0
+    """The least cosine has to reach this."""
+    skipped: str = ""
+
+    @property
+    def holds(self) -> bool:
+        return bool(self.skipped) or (
+            self.cosine_least is not None and self.cosine_least >= self.required
+        )
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A sentence as the reference decodes it: in single precision, step by step, eagerly."""
+
+    symbols: Tensor  # (1, phones)
+    sign: Tensor  # (1,)
+    conditions: Tensor  # (frames, dim)
+    decoded: Decoded
+
+
+class TorchCodec:
+    """The codec's decoder in torch on the CPU, called like the ONNX engine."""
+
+    def __init__(self, network: CodecDecoder) -> None:
+        self.network = network.eval()
+
+    @torch.no_grad()
+    def run(self, *, codes: np.ndarray, excitation: np.ndarray) -> list[np.ndarray]:
+        return [self.network(torch.from_numpy(codes), torch.from_numpy(excitation)).numpy()]
+
+
+@torch.no_grad()
+def whole_sentence(model: DualAR, conditions: Tensor, codes: Tensor) -> Tensor:
+    """The scores of all frames at once, as in training, each given the codes before it.
+
+    (frames, dim) and (frames, num_codebooks) -> (frames, num_codebooks, codebook_size).
+    """
+    known = functional.pad(model.embed_codes(codes[:-1]), (0, 0, 1, 0))
+    hidden = model.slow((conditions + known).unsqueeze(0))[0]
+    return torch.cat([model.output(hidden).unsqueeze(1), model.fast(hidden, codes)], dim=1)
+
+
+def probed(model: DualAR, device: torch.device, dtype: str, captured: bool = False) -> Probed:
+    """A decoder over a copy of ``model``; ``captured`` into graphs where the device has them."""
+    found = Probed(copy.deepcopy(model), device, dtype_of(dtype))
+    if captured:
+        found.warm_up()
+    return found
+
+
+def decoded(decoder: Probed, conditions: Tensor, codes: Tensor | None = None) -> Decoded:
+    """Greedily, with ``codes`` before each frame if given; later sentences do not overwrite it."""
+    found = decode(decoder, conditions, GREEDY, codes)
+    return Decoded(found.scores.clone(), found.codes)
+
+
+def speak(voice: Voice, sentences: tuple[str, ...] = SENTENCES) -> list[Spoken]:
+    """``voice`` has to be one in single precision."""
+    model, spoken = voice.weights.dual_ar, []
+    reference = probed(model, voice.device, "float32")
+    for sentence in written.sentences(" ".join(sentences), voice.spell):
+        conditions = voice._conditions(sentence, 1.0)
+        spoken.append(
+            Spoken(
+                torch.tensor([[phone.symbol for phone in sentence.phones]], device=voice.device),
+                torch.tensor([SIGNS.index(sentence.sign)], device=voice.device),
+                conditions,
+                decoded(reference, conditions),
+            )
+        )
+    return spoken
+
+
+def joined(parts: list[Decoded]) -> Decoded:
+    return Decoded(torch.cat([p.scores for p in parts]), torch.cat([p.codes for p in parts]))
+
+
+def again(decoder: Probed, spoken: list[Spoken]) -> Decoded:
+    """Every sentence with the reference's codes before each frame."""
+    dtype, device = decoder.dtype, decoder.device
+    return joined(
+        [decoded(decoder, s.conditions.to(dtype), s.decoded.codes.to(device)) for s in spoken]
+    )
+
+
+def of_scores(compared: str, against: str, one: Decoded, other: Decoded, required: float) -> Row:
+    found = compare(one, other)
+    return Row(
+        compared,
+        against,
+        "scores of a codebook",
+        found["scores"],
+        found["cosine_least"],
+        found["cosine_mean"],
+        found["difference_most"],
+        required,
+    )
+
+
+def of_vectors(
+    names: tuple[str, str, str], one: list[Tensor], other: list[Tensor], required: float
+) -> Row:
+    """``names``: what is compared, with what, and what a vector holds."""
+    pairs = list(zip(one, other, strict=True))
+    cosine = torch.stack([functional.cosine_similarity(a, b, dim=0) for a, b in pairs])
+    return Row(
+        *names,
+        len(pairs),
+        float(cosine.min()),
+        float(cosine.mean()),
+        max(float((a - b).abs().max()) for a, b in pairs),
+        required,
+    )
+
+
+def graphs(voice: Voice, spoken: list[Spoken]) -> Iterator[Row]:
+    if voice.device.type != "cuda":
+        yield Row("graph", "eager", "scores of a codebook", skipped="no graphs on a CPU")
+        return
+    for dtype in ("float32", "bfloat16"):
+        decoders = [
+            probed(voice.weights.dual_ar, voice.device, dtype, captured)
+            for captured in (True, False)
+        ]
+        found = [again(decoder, spoken) for decoder in decoders]
+        kind = decoders[0].engine.kind
+        yield of_scores(f"{kind} {dtype}", f"eager {dtype}", found[0], found[1], SAME)
+
+
+def steps(voice: Voice, spoken: list[Spoken]) -> Iterator[Row]:
+    model, whole = voice.weights.dual_ar, []
+    for s in spoken:
+        scores = whole_sentence(model, s.conditions, s.decoded.codes.to(voice.device)).cpu()
+        whole.append(Decoded(scores, scores.argmax(-1)))
+    stepped = joined([s.decoded for s in spoken])
+    yield of_scores("step by step", "whole sentence", stepped, joined(whole), SAME)
+
+
+def halves(voice: Voice, spoken: list[Spoken]) -> Iterator[Row]:
+    model = voice.weights.dual_ar
+    reference = joined([s.decoded for s in spoken])
+    for dtype, required in HALF.items():
+        decoder = probed(model, voice.device, dtype)
+        names = (f"eager {dtype}", "eager float32")
+        yield of_scores(*names, again(decoder, spoken), reference, required)
+        phones = [
+            [phone for s in spoken for phone in reader.read(s.symbols, s.sign)[0].detach().float()]
+            for reader in (decoder.model, model)
+        ]
+        yield of_vectors((*names, "a phone as it is read"), phones[0], phones[1], required)
+
+
+def codec_in_torch(path: Path) -> CodecDecoder:
+    """The network that ``path`` was exported from, rebuilt from the graph's constants.
+
+    Raises LookupError where the constants do not tell, or the ``onnx`` package is missing.
+    """
+    try:
+        # Not a dependency of workers: only this comparison reads a graph's constants.
+        onnx: Any = importlib.import_module("onnx")
+    except ModuleNotFoundError:
+        raise LookupError("the onnx package is not installed") from None
+    constants = {
+        constant.name: torch.from_numpy(onnx.numpy_helper.to_array(constant).copy())
+        for constant in onnx.load(path).graph.initializer
+    }
+    try:
+        books, size = constants["mel_books"].shape[0], constants["pitch_book"].shape[0]
+        blocks = sum(name.endswith("near.weight") for name in constants)
+        width = constants["enter.weight"].shape[0]
+        network = CodecDecoder(books // size + 1, size, width, blocks)
+        # The scale of the pitch is no part of the graph: what it makes is an input.
+        state = {"pitch_stats": network.pitch_stats}
+        state |= {name: constants[name] for name in network.state_dict().keys() - state.keys()}
+    except KeyError as missing:
+        raise LookupError(f"{path.name} has no constant named {missing}") from None
+    network.load_state_dict(state)
+    return network
+
+
+def codecs(voice: Voice, spoken: list[Spoken]) -> Iterator[Row]:
+    engine = voice.codec
+    names = (f"ONNX on {engine.provider}", "torch on cpu", "a chunk of samples")
+    try:
+        network = codec_in_torch(voice.weights.codec_decoder)
+    except LookupError as reason:
+        yield Row(*names, skipped=str(reason))
+        return
+    heard: list[list[Tensor]] = []
+    for codec in (engine, TorchCodec(network)):
+        voice.codec = codec  # type: ignore[assignment]
+        chunks = [
+            torch.from_numpy(chunk)
+            for seed, s in enumerate(spoken)
+            for chunk in voice.samples(iter([s.decoded.codes]), len(s.decoded.codes), seed, Work())
+        ]
+        heard.append(chunks)
+    voice.codec = engine
+    yield of_vectors(names, heard[0], heard[1], NEAR)
+
+
+def measure(voice: Voice) -> Iterator[Row]:
+    """``voice``: set up, in single precision."""
+    spoken = speak(voice)
+    for part in (graphs, steps, codecs, halves):
+        yield from part(voice, spoken)
+
+
+def table(rows: list[Row]) -> str:
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    return columns(
+        [
+            {
+                "compared": row.compared,
+                "with": row.against,
+                "vector": row.of,
+                "n": str(row.n),
+                "least cosine": number(row.cosine_least, ".6f"),
+                "mean cosine": number(row.cosine_mean, ".6f"),
+                "largest difference": number(row.difference_most, ".3g"),
+                "required": "" if row.skipped else f"{row.required:g}",
+                "holds": row.skipped or ("yes" if row.holds else "NO"),
+            }
+            for row in rows
+        ]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m workers.models.voice.fidelity", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
+    parser.add_argument("--weights", type=Path, default=DATA, help="the voice's folder")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # as workers run
+    voice = Voice(weights=str(args.weights), dtype="float32", require="any")
+    try:
+        voice.setup(args.device)
+    except (WeightsError, ProviderError, OSError, RuntimeError, AssertionError) as error:
+        print(f"fidelity: {' '.join(str(error).split())[:500]}", file=sys.stderr)
+        return 2
+    rows = list(measure(voice))
+    holds = all(row.holds for row in rows)
+    if args.json:
+        on_gpu = voice.device.type == "cuda"
+        report = {
+            "device": torch.cuda.get_device_name(voice.device) if on_gpu else "cpu",
+            "torch": torch.__version__,
+            "provider": voice.codec.health(),
+            "weights": voice.weights.fingerprint,
+            "holds": holds,
+            "rows": [{**asdict(row), "holds": row.holds} for row in rows],
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        print(table(rows))
+    return 0 if holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

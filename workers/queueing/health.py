@@ -1,0 +1,61 @@
+"""What the model says of itself: asked for after requests, never for a caller.
+
+`health()` is the model's own code, and it belongs to the device thread, where it may take long or
+never come back. So nothing that answers a caller calls it: they get the last report. It is
+asked for again when a request has ended, and the watchdog sees it while it runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+from workers.device_errors import is_sticky
+from workers.logs import log
+from workers.model.loader import Served
+from workers.queueing.queue import Line
+
+EVERY = 1.0
+"""Seconds between two reports, at least."""
+
+_SHARE = 100
+"""A report that takes long is asked for so seldom that it has a hundredth of the device's time."""
+
+
+class HealthReports:
+    """Keeps ``served.report`` at most a second older than the last request, where health() is
+    quick. Lives on the event loop, except where a docstring says "device thread"."""
+
+    def __init__(self, line: Line, served: Served) -> None:
+        self._line = line
+        self._served = served
+        self._next = 0.0
+        self._pending = False
+
+    def request_ended(self) -> None:
+        """Have the model asked for its report soon, once for all requests that end until then."""
+        if self._pending:
+            return
+        self._pending = True
+        loop = asyncio.get_running_loop()
+        loop.call_later(max(0.0, self._next - time.monotonic()), self._submit, loop)
+
+    def _submit(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._line.closed:
+            self._line.run_aside(lambda: self._ask(loop))
+
+    def _ask(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Device thread."""
+        began = time.monotonic()
+        try:
+            self._served.refresh()
+        except Exception as error:
+            log.warning("the model's health() failed: %s: %s", type(error).__name__, error)
+            if is_sticky(error):
+                with contextlib.suppress(RuntimeError):  # the loop is gone after a drain
+                    loop.call_soon_threadsafe(self._line.lose)
+        finally:
+            ended = time.monotonic()
+            self._next = ended + max(EVERY, _SHARE * (ended - began))
+            self._pending = False

@@ -1,0 +1,295 @@
+"""One admitted request: from its place in the queue to the last item of what the model makes.
+
+The device thread runs it and is as far ahead of its reader as a bound in bytes allows; everything
+else here runs on the event loop, except where a docstring says "device thread".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from typing import TYPE_CHECKING, Any, Literal
+
+from workers.errors import ModelFailed, reduced
+from workers.model.contract import Work
+
+if TYPE_CHECKING:
+    from workers.queueing.queue import Line
+
+MAX_UNREAD = 8 * 2**20
+"""Bytes of a stream that the device thread may be ahead of a slow reader: 87 s of 24 kHz float32
+audio. One item more is in the reader's hands and one in the model's."""
+
+FLOOR = 16 * 1024
+"""Bytes a second, as the model yields them, below which a reader for which the device waits is cut
+off: half of what speech of telephone quality takes (8 kHz float32), so no listener is."""
+
+FLOOR_SECONDS = 10.0
+"""Seconds of the device's waiting over which that pace is measured: longer than the kernel's
+buffers take to move on, and short against what others lose meanwhile."""
+
+_LOOK = 0.05
+"""Seconds after which a device that waits for a reader looks at the deadline."""
+
+Stage = Literal["waiting", "running", "streaming"]
+
+
+class Abandoned(Exception):  # noqa: N818 - an answer, not a fault
+    """The work was dropped in ``stage``."""
+
+    reason = "dropped"
+    """One word for the metrics."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(f"dropped while {stage}")
+        self.stage: Stage = stage
+
+
+class DeadlinePassed(Abandoned):
+    reason = "deadline"
+
+
+class CallerLeft(Abandoned):
+    reason = "caller"
+
+
+class SlowReader(Abandoned):
+    """The device waited for a caller that took the stream too slowly."""
+
+    reason = "slow_reader"
+
+    def __str__(self) -> str:
+        return (
+            f"The stream was read at less than {FLOOR // 1024} KiB/s over {FLOOR_SECONDS:g} s for "
+            "which the device waited"
+        )
+
+
+class Job:
+    """One admitted request: iterate it for what the model returns (one item) or yields (many)."""
+
+    def __init__(self, line: Line, call: Callable[[], Any], work: Work, key: str = "") -> None:
+        self.work = work
+        self.key = key
+        """The balancer's name of the request, by which it is known again on another worker."""
+        self.streams = False
+        """Whether the call returned an iterator; known with the first item."""
+        self.admitted = time.perf_counter()
+        self.started: float | None = None
+        self.ended: float | None = None
+        self._line = line
+        self._call: Callable[[], Any] | None = call
+        self._loop = asyncio.get_running_loop()
+        self.on_dropped: Callable[[], None] | None = None
+        """Called on the event loop when the job ends without its result."""
+        self.waited = 0.0
+        """Seconds for which the device waited for the stream's reader."""
+        self._items: deque[tuple[Any, int]] = deque()
+        self._posted = False
+        self._posted_bytes = 0
+        self._taken_bytes = 0
+        self._delivered_bytes = 0.0
+        self._held_bytes = 0
+        self._paced_from = (0.0, 0.0)
+        self._over = False
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._room = threading.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._ticket: Future[None] | None = None
+
+    @property
+    def queue_seconds(self) -> float:
+        """How long it waited, or has been waiting."""
+        return (self.started or time.perf_counter()) - self.admitted
+
+    @property
+    def service_seconds(self) -> float:
+        """How long it has had the device; 0 before it ran."""
+        if self.started is None:
+            return 0.0
+        return (self.ended or time.perf_counter()) - self.started
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long the device has worked on it."""
+        return self.service_seconds - self.waited
+
+    @property
+    def error(self) -> Exception | None:
+        """Why it ended without its result; None while it runs, and after a result."""
+        return self._error
+
+    @property
+    def stage(self) -> Stage:
+        if self.started is None:
+            return "waiting"
+        return "streaming" if self.streams and self._posted else "running"
+
+    def __aiter__(self) -> Job:
+        return self
+
+    async def __anext__(self) -> Any:
+        """Raises what the model raised (reduced), DeadlinePassed, or CallerLeft."""
+        while not self._items:
+            if self._error is not None:
+                raise self._error
+            if self._over:
+                raise StopAsyncIteration
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        item, size = self._items.popleft()
+        self._delivered_bytes = float(self._taken_bytes)
+        self._held_bytes = size
+        self._taken_bytes += size
+        self._room.set()
+        return item
+
+    def delivered(self, share: float) -> None:
+        """Of the item that was taken last, so much has gone to the caller: 0 to 1."""
+        self._delivered_bytes = self._taken_bytes - self._held_bytes * (1 - share)
+
+    def leave(self) -> None:
+        """The caller has gone: wait no more, run no more, stream no more."""
+        if not self._over:
+            self._abandon(CallerLeft)
+
+    def _begin(self, executor: Executor) -> None:
+        if self.work.deadline is not None:
+            left = max(0.0, self.work.deadline - time.monotonic())
+            self._timer = self._loop.call_later(left, self._expire)
+        self._ticket = executor.submit(self._run)
+
+    def _expire(self) -> None:
+        if not self._over:
+            self._abandon(DeadlinePassed)
+
+    def _abandon(self, reason: type[Abandoned]) -> None:
+        stage = self.stage
+        self.work.cancel()
+        self._room.set()
+        assert self._ticket is not None
+        if self._ticket.cancel():
+            # It never ran and never will: its place is free at once.
+            self._call = None
+            self._line._free()
+        self._items.clear()
+        self._close(reason(stage))
+        if self.on_dropped is not None:
+            self.on_dropped()
+
+    def _close(self, error: Exception | None) -> None:
+        self._over = True
+        self._error = error
+        if self._timer is not None:
+            self._timer.cancel()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _arrive(self, item: Any, size: int) -> None:
+        if not self._over:
+            self._items.append((item, size))
+            self._wake()
+
+    def _finish(self, error: Exception | None, *last: Any) -> None:
+        """The device thread is done with it, whether anyone still waits or not."""
+        assert self.started is not None
+        assert self.ended is not None
+        self._line._served(self.ended - self.started, error)
+        if not self._over:
+            self._items.extend((item, 0) for item in last)
+            self._close(error)
+
+    def _run(self) -> None:
+        """Device thread."""
+        if self._line.closed:
+            # The process is about to end: without an answer, the balancer asks another worker.
+            return
+        self.started = time.perf_counter()
+        self._line._current = self
+        self._line.board.begin(self.key)
+        error: Exception | None = None
+        last: tuple[Any, ...] = ()
+        try:
+            last = self._called()
+        except BaseException as raised:
+            error = reduced(raised)
+        self._call = None
+        self._line.board.end()
+        self._line._current = None
+        self.ended = time.perf_counter()
+        if isinstance(error, ModelFailed) and error.sticky:
+            self._line.closed = True
+        with contextlib.suppress(RuntimeError):  # the loop is gone after a drain's deadline
+            self._loop.call_soon_threadsafe(self._finish, error, *last)
+
+    def _called(self) -> tuple[Any, ...]:
+        """Device thread. The value as the last item; a stream's items leave on their own."""
+        self.work.check()
+        assert self._call is not None
+        value = self._call()
+        if not isinstance(value, Iterator):
+            return (value,)
+        self.streams = True
+        try:
+            for item in value:
+                self._await_room()
+                self._post(item)
+        finally:
+            close = getattr(value, "close", None)
+            if close is not None:
+                close()
+        return ()
+
+    def _post(self, item: Any) -> None:
+        """Device thread."""
+        size = _size(item)
+        self._posted = True
+        self._posted_bytes += size
+        self._loop.call_soon_threadsafe(self._arrive, item, size)
+
+    def _await_room(self) -> None:
+        """Device thread. With an item in hand, and only then: after its last one the model never
+        waits for a reader."""
+        while True:
+            self._room.clear()  # before looking, so that what is taken meanwhile wakes it
+            self.work.check()
+            if self._posted_bytes - self._taken_bytes <= MAX_UNREAD:
+                return
+            began = time.perf_counter()
+            self._room.wait(_LOOK)
+            self.waited += time.perf_counter() - began
+            self._check_pace()
+
+    def _check_pace(self) -> None:
+        """Device thread. Drops the job of a reader that is too slow for what it costs others."""
+        waited, delivered = self._paced_from
+        seconds = self.waited - waited
+        if seconds < FLOOR_SECONDS:
+            return
+        if self._delivered_bytes - delivered < FLOOR * seconds:
+            self.work.cancel()
+            self._loop.call_soon_threadsafe(self._drop_for_pace)
+            self.work.check()
+        self._paced_from = self.waited, self._delivered_bytes
+
+    def _drop_for_pace(self) -> None:
+        if not self._over:
+            self._abandon(SlowReader)
+
+
+def _size(item: Any) -> int:
+    """Bytes that an item of a stream takes, as far as it says so."""
+    if isinstance(item, bytes):
+        return len(item)
+    size = getattr(item, "nbytes", None)  # arrays and tensors
+    return size if isinstance(size, int) else sys.getsizeof(item)

@@ -1,0 +1,147 @@
+"""Admission: run, wait, or refuse. A one-thread executor is the line, first come first served.
+
+The next job already lies in the executor when one ends, so the device idles for a fraction of a
+millisecond between two. Everything that a model does happens on that one thread; everything here
+runs on the event loop, except where a docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any
+
+from workers.errors import ModelFailed
+from workers.model.contract import Work
+from workers.queueing.crash_guard import MOST_ENDED, Board
+from workers.queueing.job import Job
+
+_FIRST_GUESS = 1.0  # seconds a request takes, before one was seen
+_WEIGHT = 0.2  # of the newest service time in the running mean
+
+
+class Refused(Exception):  # noqa: N818 - an answer, not a fault
+    """The line is full. ``retry_after``: whole seconds until it would have been served."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"the line is full; retry after {retry_after} s")
+        self.retry_after = retry_after
+
+
+class Closed(Exception):  # noqa: N818 - an answer, not a fault
+    """Nothing is taken any more: the worker is on its way out."""
+
+
+class EndsWorkers(Exception):  # noqa: N818 - an answer, not a fault
+    """The processes of other workers ended while they ran this very request."""
+
+    def __init__(self, ended: int) -> None:
+        super().__init__(f"this request ended {ended} workers")
+        self.ended = ended
+
+
+class Line:
+    """One job runs, at most ``limit`` wait, the others are refused."""
+
+    def __init__(self, executor: Executor, limit: int, board: Board | None = None) -> None:
+        self.limit = limit
+        self.board = board or Board(None, "")
+        self.closed = False
+        """Set to take nothing and run nothing any more."""
+        self.on_sticky: Callable[[], None] | None = None
+        """Called on the event loop when the device is lost to this process."""
+        self.on_ended: Callable[[], None] | None = None
+        """Called on the event loop when a request has left the device."""
+        self.served = 0
+        self._executor = executor
+        self._admitted = 0
+        self._current: Job | None = None
+        self._aside_since: float | None = None
+        self._mean: float | None = None
+
+    @property
+    def running(self) -> int:
+        return int(self._current is not None)
+
+    @property
+    def running_seconds(self) -> float:
+        """How long the running job has had the device; 0 where none runs. Any thread."""
+        job = self._current
+        return job.service_seconds if job is not None else 0.0
+
+    @property
+    def aside_seconds(self) -> float:
+        """How long a call that is no request has had the device; 0 where none runs. Any thread."""
+        since = self._aside_since
+        return time.perf_counter() - since if since is not None else 0.0
+
+    @property
+    def waiting(self) -> int:
+        return max(0, self._admitted - self.running)
+
+    @property
+    def idle(self) -> bool:
+        return self._admitted == 0
+
+    @property
+    def mean_service_seconds(self) -> float | None:
+        """Running mean; None before the first request."""
+        return self._mean
+
+    @property
+    def retry_after(self) -> int:
+        """Whole seconds, at least 1, until those who are here now will have been served."""
+        mean = _FIRST_GUESS if self._mean is None else self._mean
+        return max(1, math.ceil(mean * self._admitted))
+
+    def check(self) -> None:
+        """Raises Refused or Closed when a request that came now would not be admitted."""
+        if self.closed:
+            raise Closed
+        if self._admitted > self.limit:
+            raise Refused(self.retry_after)
+
+    def submit(self, call: Callable[[], Any], work: Work, key: str = "") -> Job:
+        """Admit ``call``, which the device thread will run. Raises Refused or Closed, and
+        EndsWorkers for a request that has ended others."""
+        self.check()
+        if (ended := self.board.ended(key)) >= MOST_ENDED:
+            raise EndsWorkers(ended)
+        job = Job(self, call, work, key)
+        self._admitted += 1
+        job._begin(self._executor)
+        return job
+
+    def run_aside(self, call: Callable[[], None]) -> None:
+        """Have the device thread run ``call``, which is no request, after what waits now."""
+
+        def run() -> None:
+            self._aside_since = time.perf_counter()
+            try:
+                call()
+            finally:
+                self._aside_since = None
+
+        self._executor.submit(run)
+
+    def lose(self) -> None:
+        """The device is lost to this process: run nothing more, and say so."""
+        self.closed = True
+        if self.on_sticky is not None:
+            self.on_sticky()
+
+    def _free(self) -> None:
+        self._admitted -= 1
+
+    def _served(self, seconds: float, error: Exception | None) -> None:
+        self._free()
+        if isinstance(error, ModelFailed) and error.sticky:
+            self.lose()
+        if error is None:
+            self.served += 1
+            old = seconds if self._mean is None else self._mean
+            self._mean = old + _WEIGHT * (seconds - old)
+        if self.on_ended is not None:
+            self.on_ended()
