@@ -122,7 +122,7 @@ def error_answers(config: BalancerConfig) -> dict[str, ErrorAnswer]:
         ),
         ErrorAnswer(414, "The address of the request is too long.", invalid, "uri_too_long"),
         ErrorAnswer(
-            429, "Every worker is busy and its line is full.", "rate_limit_error", "line_full", 1
+            429, "Every worker is busy and its line is full.", "rate_limit_error", "queue_full", 1
         ),
         ErrorAnswer(500, "The balancer could not handle the request.", server, "internal_error"),
         ErrorAnswer(501, "This transfer encoding is not supported.", invalid, "not_implemented"),

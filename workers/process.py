@@ -21,13 +21,13 @@ from workers.errors import LoadError
 from workers.http.app import build_app
 from workers.http.metrics import Metrics
 from workers.http.server import PortTaken, Server, reserve
-from workers.http.state import Worker
+from workers.http.state import WorkerState
 from workers.logs import log
 from workers.model.loader import load
 from workers.model.spec import Spec, read_spec
-from workers.queueing.crash_guard import Board
+from workers.queueing.crash_guard import CrashGuard
 from workers.queueing.health import HealthReports
-from workers.queueing.queue import Line
+from workers.queueing.queue import RequestQueue
 from workers.queueing.watchdog import watch
 
 EXIT_FAILED = 1
@@ -71,29 +71,29 @@ def _serve(options: argparse.Namespace) -> int:
 def _load_and_listen(options: argparse.Namespace, spec: Spec, reserved: socket.socket) -> int:
     device_thread = ThreadPoolExecutor(1, thread_name_prefix="device")
     began = time.perf_counter()
-    served = load(spec, options.device, device_thread)
-    line = Line(device_thread, spec.line, Board(spec.cache_dir, options.id))
-    line.on_ended = HealthReports(line, served).request_ended
-    metrics = Metrics(options.id, spec.name, line)
-    for phase, seconds in served.startup_seconds.items():
+    loaded = load(spec, options.device, device_thread)
+    queue = RequestQueue(device_thread, spec.queue_size, CrashGuard(spec.cache_dir, options.id))
+    queue.on_ended = HealthReports(queue, loaded).request_ended
+    metrics = Metrics(options.id, spec.name, queue)
+    for phase, seconds in loaded.startup_seconds.items():
         metrics.started(phase, seconds)
     encoder_thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
-    worker = Worker(options.id, spec, served, device_thread, encoder_thread, line, metrics)
+    worker = WorkerState(options.id, spec, loaded, device_thread, encoder_thread, queue, metrics)
     log.info(
         "loaded %s device=%s seconds=%.2f", spec.target, options.device, time.perf_counter() - began
     )
-    watch(line, spec.request_timeout)
+    watch(queue, spec.request_timeout)
     Server(build_app(worker), worker).listen(reserved)
-    return _drained(line)
+    return _drained(queue)
 
 
-def _drained(line: Line) -> int:
+def _drained(queue: RequestQueue) -> int:
     """Every caller has been answered. A call that nobody waits for any more gets a moment."""
     deadline = time.monotonic() + _CALL_PATIENCE
-    while line.running and time.monotonic() < deadline:
+    while queue.running and time.monotonic() < deadline:
         time.sleep(0.02)
-    log.info("drained served=%d", line.served)
-    if line.running:
+    log.info("drained served=%d", queue.completed)
+    if queue.running:
         log.warning("a call of the model goes on that nobody waits for; ending without it")
         os._exit(0)
     return _end(0)

@@ -139,7 +139,7 @@ class WorkersSettings(_Section):
     count: Count = Field(default="auto", description='"auto" or a whole number from 1')
     max: Whole = Field(default=16, ge=1, le=256, description="a whole number from 1 to 256")
     threads: Whole = Field(default=1, ge=1, le=1024, description="a whole number from 1")
-    line: Whole = Field(default=8, ge=0, description="a whole number from 0")
+    queue_size: Whole = Field(default=8, ge=0, description="a whole number from 0")
     request_timeout: Seconds = Field(
         default=60.0, gt=0, allow_inf_nan=False, description="seconds above 0"
     )

@@ -94,7 +94,7 @@ def worker_spec(settings: Settings, cache: Path) -> dict[str, Any]:
             "voice_aliases": model.voice_aliases,
         },
         "path": [str(folder) for folder in settings.import_path],
-        "line": settings.workers.line,
+        "queue_size": settings.workers.queue_size,
         "request_timeout": settings.workers.request_timeout,
         "body_limit": settings.balancer.body_limit,
         "cache_dir": str(cache),

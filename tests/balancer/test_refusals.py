@@ -18,7 +18,7 @@ import pytest
 from tests.balancer.harness import Front, error_of, front
 from tests.waiting import until
 
-CODES = {429: "line_full", 503: "no_worker"}
+CODES = {429: "queue_full", 503: "no_worker"}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_refusal_and_then_empty_slots_is_429(alone: Front) -> None:
         answer = httpx.post(f"{alone.url}/refuse/429")
         assert answer.status_code == 429
         assert int(answer.headers["Retry-After"]) >= 1
-        assert answer.json()["error"]["code"] == "line_full"
+        assert answer.json()["error"]["code"] == "queue_full"
 
 
 def test_empty_slots_alone_are_503(alone: Front) -> None:

@@ -145,7 +145,7 @@ def test_meanwhile_a_client_is_told_to_send_its_body(closing: Front) -> None:
 
 
 def test_meanwhile_errors_are_those_of_any_time(closing: Front) -> None:
-    assert httpx.post(f"{closing.url}/refuse/429").json()["error"]["code"] == "line_full"
+    assert httpx.post(f"{closing.url}/refuse/429").json()["error"]["code"] == "queue_full"
     assert httpx.post(f"{closing.url}/status/503").json()["error"] == {"message": "so asked"}
     too_large = httpx.post(f"{closing.url}/size", content=b"x" * (65 * MEGABYTE), timeout=60)
     assert error_of(too_large)["code"] == "body_too_large"

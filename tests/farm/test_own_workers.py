@@ -71,7 +71,7 @@ ram = "8GiB"
 @pytest.fixture(scope="module")
 def shared() -> Iterator[FarmUnderTest]:
     with new_farm() as farm:
-        of_class(farm, "models:Work", "count = 2\nline = 2")
+        of_class(farm, "models:Work", "count = 2\nqueue_size = 2")
         assert "/predict" in farm.run("up").stdout
         yield farm
 
@@ -111,7 +111,7 @@ def test_a_killed_worker_is_replaced_and_no_caller_notices(farm: FarmUnderTest) 
     load.check()
 
 
-def test_every_line_full_is_429_with_retry_after_and_never_502(farm: FarmUnderTest) -> None:
+def test_every_queue_full_is_429_with_retry_after_and_never_502(farm: FarmUnderTest) -> None:
     def call(_: int) -> httpx.Response:
         return httpx.post(f"{farm.url}/predict", json={"seconds": 0.5}, timeout=30)
 

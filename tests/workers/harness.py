@@ -117,11 +117,11 @@ class WorkerProcess:
 
     def metric(self, name: str, **labels: str) -> float:
         """The value of a series; 0 where it does not exist yet."""
-        for line in self.client.get("/metrics").text.splitlines():
-            if line.startswith(f"{name}{{") and all(
-                f'{key}="{value}"' in line for key, value in labels.items()
+        for queue in self.client.get("/metrics").text.splitlines():
+            if queue.startswith(f"{name}{{") and all(
+                f'{key}="{value}"' in queue for key, value in labels.items()
             ):
-                return float(line.rsplit(" ", 1)[1])
+                return float(queue.rsplit(" ", 1)[1])
         return 0.0
 
     def _ready(self) -> re.Match[str] | None:
@@ -130,5 +130,5 @@ class WorkerProcess:
 
     def _read(self) -> None:
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip("\n"))
+        for queue in self.process.stderr:
+            self.lines.append(queue.rstrip("\n"))

@@ -55,9 +55,9 @@ def assert_ends(folder: Path, target: str, code: int, words: str) -> None:
     worker = WorkerProcess(folder, target)
     try:
         assert worker.wait() == code
-        (line,) = worker.lines
-        assert "cannot load" in line
-        assert words in line
+        (queue,) = worker.lines
+        assert "cannot load" in queue
+        assert words in queue
     finally:
         worker.__exit__()
 
@@ -88,7 +88,7 @@ def test_a_wrong_spec_ends_with_3(tmp_path: Path) -> None:
     try:
         assert worker.wait() == 3
         assert 'unknown key "lime"' in worker.log
-        assert 'did you mean "line"?' in worker.log
+        assert 'did you mean "queue_size"?' in worker.log
     finally:
         worker.__exit__()
 
@@ -213,7 +213,9 @@ def test_a_drain_finishes_what_runs_and_what_waits(tmp_path: Path) -> None:
 
 def test_nothing_is_lost_when_a_drain_comes_under_load(tmp_path: Path) -> None:
     """Callers that open a connection each: those that were let in are answered."""
-    with WorkerProcess(tmp_path, "tests.workers.models.plain:Slow", spec={"line": 64}) as worker:
+    with WorkerProcess(
+        tmp_path, "tests.workers.models.plain:Slow", spec={"queue_size": 64}
+    ) as worker:
 
         def calls() -> list[int]:
             seen: list[int] = []

@@ -10,15 +10,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from workers.errors import ApiError
-from workers.http.middleware import Front, ModelRoute
+from workers.http.middleware import ContextMiddleware, ModelRoute
 from workers.http.predict import Predict
 from workers.http.speech import Speech
-from workers.http.state import Worker
+from workers.http.state import WorkerState
 from workers.http.status import Status
 from workers.model.responses import as_json
 
 
-def build_app(worker: Worker) -> ASGIApp:
+def build_app(worker: WorkerState) -> ASGIApp:
     status = Status(worker)
     routes = [
         Route("/livez", status.live),
@@ -29,10 +29,10 @@ def build_app(worker: Worker) -> ASGIApp:
         Route("/v1/models/{name:path}", status.model),
         Route("/longest_request", status.longest_request),
     ]
-    if worker.served.predicts:
+    if worker.loaded.predicts:
         predict = ModelRoute(worker, Predict(worker))
-        routes += [Route(path, predict, methods=["POST"]) for path in worker.served.predict_paths]
-    if worker.served.speaks:
+        routes += [Route(path, predict, methods=["POST"]) for path in worker.loaded.predict_paths]
+    if worker.loaded.speaks:
         routes.append(
             Route("/v1/audio/speech", ModelRoute(worker, Speech(worker)), methods=["POST"])
         )
@@ -49,7 +49,7 @@ def build_app(worker: Worker) -> ASGIApp:
         exception_handlers={HTTPException: refused, ApiError: _answered, Exception: _broken},
     )
     app.router.redirect_slashes = False
-    return Front(app, worker)
+    return ContextMiddleware(app, worker)
 
 
 def _explained(request: Request, error: HTTPException, known: list[str]) -> ApiError:

@@ -17,7 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 from workers.errors import ApiError, invalid
 from workers.model.contract import Work
 from workers.model.responses import as_json
-from workers.queueing.crash_guard import Board
+from workers.queueing.crash_guard import CrashGuard
 from workers.queueing.deadline import TimeLimit
 from workers.queueing.job import Abandoned, DeadlinePassed, Job
 
@@ -34,7 +34,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _NOT_A_TOKEN = re.compile(r"[^A-Za-z0-9_-]")
 
 
-class Exchange:
+class RequestContext:
     """Wraps ASGI's receive and send, and remembers what the log and the metrics want to know."""
 
     def __init__(
@@ -82,7 +82,7 @@ class Exchange:
     @property
     def key(self) -> str:
         """The balancer's own name of this request, the same at every worker it is tried on."""
-        return Board.key(self.header(b"x-farm-request"))
+        return CrashGuard.key(self.header(b"x-farm-request"))
 
     @property
     def balanced(self) -> bool:

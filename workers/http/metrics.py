@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from workers.http.context import Exchange
+from workers.http.context import RequestContext
 from workers.http.memory import resident_bytes
-from workers.queueing.queue import Line
+from workers.queueing.queue import RequestQueue
 
 _SECONDS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0)
 _FACTORS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 5.0)
@@ -15,7 +15,7 @@ _FACTORS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 5.0)
 class Metrics:
     """One registry of its own; every series carries the worker's and the model's name."""
 
-    def __init__(self, worker_id: str, model: str, line: Line) -> None:
+    def __init__(self, worker_id: str, model: str, queue: RequestQueue) -> None:
         self.registry = CollectorRegistry()
         self._labels = {"worker": worker_id, "model": model}
         self._requests = self._counter("requests", "Requests, by the status answered.", "code")
@@ -35,9 +35,9 @@ class Metrics:
         self._audio = self._counter("audio_seconds", "Audio produced.").labels(**self._labels)
         self._startup = self._gauge("worker_startup_seconds", "Time of the start.", "phase")
         running = self._gauge("requests_in_progress", "Requests on the device: 0 or 1.")
-        running.labels(**self._labels).set_function(lambda: line.running)
+        running.labels(**self._labels).set_function(lambda: queue.running)
         waiting = self._gauge("queue_depth", "Requests that wait for the device.")
-        waiting.labels(**self._labels).set_function(lambda: line.waiting)
+        waiting.labels(**self._labels).set_function(lambda: queue.waiting)
         memory = self._gauge("worker_resident_bytes", "Resident memory of the process.")
         memory.labels(**self._labels).set_function(resident_bytes)
 
@@ -47,25 +47,25 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         self._rejected.labels(**self._labels, reason=reason).inc()
 
-    def ended(self, exchange: Exchange) -> None:
+    def ended(self, context: RequestContext) -> None:
         """Count one request for the model, whatever became of it."""
-        code = exchange.cut or (499 if exchange.left else exchange.status) or 500
+        code = context.cut or (499 if context.left else context.status) or 500
         self._requests.labels(**self._labels, code=str(code)).inc()
-        self._duration.observe(exchange.seconds)
-        if exchange.first_byte is not None:
-            self._first.observe(exchange.first_byte)
-        job = exchange.job
+        self._duration.observe(context.seconds)
+        if context.first_byte is not None:
+            self._first.observe(context.first_byte)
+        job = context.job
         if job is None:
             return
         self._queue.observe(job.queue_seconds)
-        if exchange.dropped is not None:
-            dropped = exchange.dropped
+        if context.dropped is not None:
+            dropped = context.dropped
             self._cancelled.labels(**self._labels, stage=dropped.stage, reason=dropped.reason).inc()
         for stage, seconds in list(job.work.stages.items()):
             self._stages.labels(**self._labels, stage=stage).observe(seconds)
-        if exchange.audio_seconds:
-            self._audio.inc(exchange.audio_seconds)
-            self._factor.observe(job.service_seconds / exchange.audio_seconds)
+        if context.audio_seconds:
+            self._audio.inc(context.audio_seconds)
+            self._factor.observe(job.service_seconds / context.audio_seconds)
 
     def text(self) -> bytes:
         """The exposition format."""

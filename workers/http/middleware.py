@@ -9,62 +9,62 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from workers.errors import ApiError, ModelFailed, invalid
 from workers.http.access_log import request_line
-from workers.http.context import Exchange
-from workers.http.state import Worker
+from workers.http.context import RequestContext
+from workers.http.state import WorkerState
 from workers.logs import log
 from workers.model.contract import Cancelled, InvalidRequest
 from workers.queueing.job import Abandoned, CallerLeft, DeadlinePassed, SlowReader
-from workers.queueing.queue import Closed, EndsWorkers, Refused
+from workers.queueing.queue import CrashesWorkers, QueueClosed, QueueFull
 
 _GRACE = 5.0
 """Seconds for which a lost worker's callers wait for its end, which has others answer them."""
 
 
-class Front:
+class ContextMiddleware:
     """Pure ASGI. The exchange lies in the scope under ``exchange``."""
 
-    def __init__(self, app: ASGIApp, worker: Worker) -> None:
+    def __init__(self, app: ASGIApp, worker: WorkerState) -> None:
         self._app = app
         self._worker = worker
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"only http is served here, not {scope['type']}")
-        exchange = Exchange(
+        context = RequestContext(
             scope,
             receive,
             send,
             worker_id=self._worker.id,
             timeout=self._worker.spec.request_timeout,
         )
-        scope["exchange"] = exchange
-        await self._app(scope, receive, exchange.send)
+        scope["exchange"] = context
+        await self._app(scope, receive, context.send)
 
 
-Handler = Callable[[Exchange], Awaitable[None]]
+Handler = Callable[[RequestContext], Awaitable[None]]
 
 
 class ModelRoute:
     """An endpoint whose answer comes from the model. Every way to fail becomes an answer."""
 
-    def __init__(self, worker: Worker, handler: Handler) -> None:
+    def __init__(self, worker: WorkerState, handler: Handler) -> None:
         self._worker = worker
         self._handler = handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange: Exchange = scope["exchange"]
+        context: RequestContext = scope["exchange"]
         try:
-            await self._handled(exchange)
+            await self._handled(context)
         except CallerLeft as left:
-            exchange.left = True
-            exchange.dropped = left
+            context.left = True
+            context.dropped = left
         finally:
-            self._worker.metrics.ended(exchange)
-            request_line(exchange)
+            self._worker.metrics.ended(context)
+            request_line(context)
 
-    async def _handled(self, exchange: Exchange) -> None:
+    async def _handled(self, context: RequestContext) -> None:
         try:
-            await self._handler(exchange)
+            await self._handler(context)
         except CallerLeft:
             raise
         except (
@@ -72,39 +72,39 @@ class ModelRoute:
             InvalidRequest,
             Cancelled,
             Abandoned,
-            Refused,
-            Closed,
-            EndsWorkers,
+            QueueFull,
+            QueueClosed,
+            CrashesWorkers,
             ModelFailed,
         ) as error:
-            if isinstance(error, Closed) and not exchange.balanced:
+            if isinstance(error, QueueClosed) and not context.balanced:
                 await asyncio.sleep(_GRACE)
-            if exchange.left:
+            if context.left:
                 return
-            await exchange.fail(self._answer_to(error, exchange))
+            await context.fail(self._answer_to(error, context))
         except Exception as error:
-            log.exception("the worker failed id=%s", exchange.id)
+            log.exception("the worker failed id=%s", context.id)
             kind = type(error).__name__
-            await exchange.fail(ApiError(500, f"The worker failed: {kind}.", code="worker_failed"))
+            await context.fail(ApiError(500, f"The worker failed: {kind}.", code="worker_failed"))
 
-    def _answer_to(self, error: Exception, exchange: Exchange) -> ApiError:
+    def _answer_to(self, error: Exception, context: RequestContext) -> ApiError:
         if isinstance(error, ApiError):
             if error.status >= 500:
-                log.error("answered %d id=%s %s", error.status, exchange.id, error.message)
+                log.error("answered %d id=%s %s", error.status, context.id, error.message)
             return error
         if isinstance(error, InvalidRequest):
             return invalid(str(error))
-        if isinstance(error, Refused):
-            self._worker.metrics.rejected("line_full")
+        if isinstance(error, QueueFull):
+            self._worker.metrics.rejected("queue_full")
             return ApiError(
                 429,
-                f"The worker is busy and its line of {self._worker.line.limit} is full; "
+                f"The worker is busy and its line of {self._worker.queue.limit} is full; "
                 f"retry after {error.retry_after} s.",
-                code="line_full",
+                code="queue_full",
                 headers={"retry-after": str(error.retry_after)},
                 may_go_on=True,
             )
-        if isinstance(error, Closed):
+        if isinstance(error, QueueClosed):
             self._worker.metrics.rejected("closed")
             return ApiError(
                 503,
@@ -113,44 +113,44 @@ class ModelRoute:
                 headers={"retry-after": "1"},
                 may_go_on=True,
             )
-        if isinstance(error, EndsWorkers | ModelFailed):
-            return self._failure(error, exchange)
-        return self._dropped(error, exchange)
+        if isinstance(error, CrashesWorkers | ModelFailed):
+            return self._failure(error, context)
+        return self._dropped(error, context)
 
-    def _dropped(self, error: Exception, exchange: Exchange) -> ApiError:
+    def _dropped(self, error: Exception, context: RequestContext) -> ApiError:
         if isinstance(error, Abandoned):
-            exchange.dropped = error
+            context.dropped = error
         else:  # the model, or the device thread, saw the deadline before the event loop did
-            stage = exchange.job.stage if exchange.job is not None else "waiting"
-            exchange.dropped = DeadlinePassed(stage)
+            stage = context.job.stage if context.job is not None else "waiting"
+            context.dropped = DeadlinePassed(stage)
         if isinstance(error, SlowReader):
             return ApiError(408, f"{error}.", code="slow_reader")
         return ApiError(
             504,
-            f"The deadline passed while the request was {exchange.dropped.stage}: it may take "
-            f"{exchange.limit}.",
+            f"The deadline passed while the request was {context.dropped.stage}: it may take "
+            f"{context.limit}.",
             code="deadline_passed",
             headers={"x-should-retry": "false"},
         )
 
-    def _failure(self, error: EndsWorkers | ModelFailed, exchange: Exchange) -> ApiError:
-        if isinstance(error, EndsWorkers):
-            return self._too_deadly(error, exchange)
-        told = {"fields": {"id": exchange.id}, "traceback": error.trace}
+    def _failure(self, error: CrashesWorkers | ModelFailed, context: RequestContext) -> ApiError:
+        if isinstance(error, CrashesWorkers):
+            return self._too_deadly(error, context)
+        told = {"fields": {"id": context.id}, "traceback": error.trace}
         log.error("the model failed", extra=told)
         return ApiError(
             500,
-            f"The model failed: {error.kind}. The worker's log has more, under {exchange.id}.",
+            f"The model failed: {error.kind}. The worker's log has more, under {context.id}.",
             code="model_failed",
         )
 
-    def _too_deadly(self, error: EndsWorkers, exchange: Exchange) -> ApiError:
+    def _too_deadly(self, error: CrashesWorkers, context: RequestContext) -> ApiError:
         self._worker.metrics.rejected("ends_workers")
-        log.error("refused, for it ended %d other workers: id=%s", error.ended, exchange.id)
+        log.error("refused, for it ended %d other workers: id=%s", error.ended, context.id)
         return ApiError(
             500,
             f"{error.ended} workers ended while they ran this request; it is tried on no "
-            f"other. Their logs have more, under {exchange.id}.",
+            f"other. Their logs have more, under {context.id}.",
             code="request_ends_workers",
             headers={"x-should-retry": "false"},
         )

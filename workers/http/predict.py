@@ -11,9 +11,9 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from workers.errors import ApiError, invalid
-from workers.http.context import Exchange, parse_json
-from workers.http.state import Worker
-from workers.model.responses import EVENTS, Answer, error_event
+from workers.http.context import RequestContext, parse_json
+from workers.http.state import WorkerState
+from workers.model.responses import EVENTS, Response, error_event
 
 _UNDECLARED = ("", "application/x-www-form-urlencoded")
 """What `curl -d` and bare clients say of any body, whatever it is."""
@@ -21,38 +21,38 @@ _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 
 class Predict:
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: WorkerState) -> None:
         self._worker = worker
 
-    async def __call__(self, exchange: Exchange) -> None:
+    async def __call__(self, context: RequestContext) -> None:
         worker = self._worker
-        work = exchange.work()
-        body = await exchange.read_body(worker.spec.body_limit)
-        worker.line.check()
-        payload = await self._payload(exchange, body)
-        events = EVENTS in exchange.header(b"accept")
-        call = partial(worker.served.predict, payload, events)
-        job = worker.line.submit(call, work, exchange.key)
-        with exchange.watching(job):
+        work = context.work()
+        body = await context.read_body(worker.spec.body_limit)
+        worker.queue.check()
+        payload = await self._payload(context, body)
+        events = EVENTS in context.header(b"accept")
+        call = partial(worker.loaded.predict, payload, events)
+        job = worker.queue.submit(call, work, context.key)
+        with context.watching(job):
             first = await anext(job)
-            if isinstance(first, Answer):
-                await exchange.answer(first.status, first.body, first.content_type, first.headers)
+            if isinstance(first, Response):
+                await context.answer(first.status, first.body, first.content_type, first.headers)
                 return
             # The first item of a stream is its type; its first chunk has to exist before a status
             # is sent, so that an early failure still gets its own.
             chunk = await anext(job, b"")
             if first == EVENTS:
-                exchange.error_event = error_event
-            await exchange.start_stream(first)
-            await exchange.send_chunk(chunk)
+                context.error_event = error_event
+            await context.start_stream(first)
+            await context.send_chunk(chunk)
             async for chunk in job:
-                await exchange.send_chunk(chunk)
-            await exchange.end_stream()
+                await context.send_chunk(chunk)
+            await context.end_stream()
 
-    async def _payload(self, exchange: Exchange, body: bytes) -> Any:
-        kind = exchange.content_type
-        if self._worker.served.is_litapi:
-            return await _form(exchange, body) if kind in _FORMS else parse_json(body)
+    async def _payload(self, context: RequestContext, body: bytes) -> Any:
+        kind = context.content_type
+        if self._worker.loaded.is_litapi:
+            return await _form(context, body) if kind in _FORMS else parse_json(body)
         if kind == "application/json" or kind.endswith("+json"):
             return parse_json(body)
         if kind in _UNDECLARED and body.lstrip()[:1] in (b"{", b"["):
@@ -61,13 +61,13 @@ class Predict:
         return body
 
 
-async def _form(exchange: Exchange, body: bytes) -> Any:
+async def _form(context: RequestContext, body: bytes) -> Any:
     """What LitServe gives a LitAPI for a form: Starlette's FormData."""
 
     async def replay() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
 
     try:
-        return await Request(exchange.scope, replay).form()
+        return await Request(context.scope, replay).form()
     except HTTPException as error:
         raise invalid(f"The body is not a form: {error.detail.rstrip('.')}.") from None

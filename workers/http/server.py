@@ -15,7 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from workers.http.protocol import JsonErrorProtocol
-from workers.http.state import Worker
+from workers.http.state import WorkerState
 from workers.logs import log
 
 KEEP_ALIVE = 90
@@ -81,7 +81,7 @@ def _accepts(family: int, host: str, port: int) -> bool:
 class Server(uvicorn.Server):
     """uvicorn's server, which after a drain does not end itself by the signal it drained for."""
 
-    def __init__(self, app: ASGIApp, worker: Worker) -> None:
+    def __init__(self, app: ASGIApp, worker: WorkerState) -> None:
         timeout = worker.spec.request_timeout + DRAIN_GRACE
         super().__init__(
             uvicorn.Config(
@@ -99,7 +99,7 @@ class Server(uvicorn.Server):
             )
         )
         self._worker = worker
-        worker.line.on_sticky = self._end_at_once
+        worker.queue.on_sticky = self._end_at_once
 
     def listen(self, reserved: socket.socket) -> None:
         """Serve until drained. Raises PortTaken when another listens there by now."""
@@ -130,9 +130,9 @@ class Server(uvicorn.Server):
             yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        line = self._worker.line
+        queue = self._worker.queue
         self._worker.draining = True
-        log.info("draining running=%d waiting=%d", line.running, line.waiting)
+        log.info("draining running=%d waiting=%d", queue.running, queue.waiting)
         for server in self.servers:
             server.close()
         await asyncio.sleep(_ARRIVAL_GRACE)

@@ -8,90 +8,90 @@ from functools import partial
 from typing import Any
 
 from workers.errors import ApiError
-from workers.http.context import Exchange, parse_json
+from workers.http.context import RequestContext, parse_json
 from workers.http.speech_request import Wanted, parse_speech
-from workers.http.state import Worker
+from workers.http.state import WorkerState
 from workers.model.audio import CONTENT_TYPES, Encoder, encode, encoder, writable_rate
 from workers.model.contract import Audio
 from workers.model.responses import EVENTS, as_json
 
 
 class Speech:
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: WorkerState) -> None:
         self._worker = worker
 
-    async def __call__(self, exchange: Exchange) -> None:
+    async def __call__(self, context: RequestContext) -> None:
         worker = self._worker
-        work = exchange.work()
-        body = await exchange.read_body(worker.spec.body_limit)
-        worker.line.check()
-        wanted = parse_speech(parse_json(body), worker.spec, worker.served.voices, work)
-        worker.pace.check(wanted.speech, exchange.limit)
+        work = context.work()
+        body = await context.read_body(worker.spec.body_limit)
+        worker.queue.check()
+        wanted = parse_speech(parse_json(body), worker.spec, worker.loaded.voices, work)
+        worker.pace.check(wanted.speech, context.limit)
         if wanted.progressive:
-            await self._streamed(exchange, wanted)
+            await self._streamed(context, wanted)
         else:
-            await self._whole(exchange, wanted)
-        if exchange.job is not None:
-            worker.pace.add(wanted.speech, exchange.job.busy_seconds)
+            await self._whole(context, wanted)
+        if context.job is not None:
+            worker.pace.add(wanted.speech, context.job.busy_seconds)
 
-    async def _whole(self, exchange: Exchange, wanted: Wanted) -> None:
-        served = self._worker.served
-        call = partial(served.speak_all, wanted.speech)
-        job = self._worker.line.submit(call, wanted.speech.work, exchange.key)
-        with exchange.watching(job):
+    async def _whole(self, context: RequestContext, wanted: Wanted) -> None:
+        loaded = self._worker.loaded
+        call = partial(loaded.speak_all, wanted.speech)
+        job = self._worker.queue.submit(call, wanted.speech.work, context.key)
+        with context.watching(job):
             chunks: list[Audio] = await anext(job)
-            seconds = sum(map(len, chunks)) / served.sample_rate
+            seconds = sum(map(len, chunks)) / loaded.sample_rate
             if not chunks:
                 raise _silent()
-            exchange.audio_seconds = seconds
+            context.audio_seconds = seconds
             body = await self._write(
-                wanted, encode, chunks, served.sample_rate, wanted.response_format
+                wanted, encode, chunks, loaded.sample_rate, wanted.response_format
             )
         headers = {
             "x-sample-rate": self._rate(wanted),
             "x-audio-seconds": f"{seconds:.3f}",
             "x-real-time-factor": f"{job.service_seconds / seconds:.4f}",
         }
-        await exchange.answer(200, body, CONTENT_TYPES[wanted.response_format], headers)
+        await context.answer(200, body, CONTENT_TYPES[wanted.response_format], headers)
 
-    async def _streamed(self, exchange: Exchange, wanted: Wanted) -> None:
-        served = self._worker.served
-        call = partial(served.speak, wanted.speech)
-        job = self._worker.line.submit(call, wanted.speech.work, exchange.key)
+    async def _streamed(self, context: RequestContext, wanted: Wanted) -> None:
+        loaded = self._worker.loaded
+        call = partial(loaded.speak, wanted.speech)
+        job = self._worker.queue.submit(call, wanted.speech.work, context.key)
         count = 0
         writer: Encoder | None = None
-        with exchange.watching(job):
+        with context.watching(job):
             async for chunk in job:
                 if writer is None:
-                    writer = encoder(served.sample_rate, wanted.response_format)
-                    await self._begin(exchange, wanted)
+                    writer = encoder(loaded.sample_rate, wanted.response_format)
+                    await self._begin(context, wanted)
                 count += len(chunk)
-                exchange.audio_seconds = count / served.sample_rate
+                context.audio_seconds = count / loaded.sample_rate
                 data = await self._write(wanted, writer.feed, chunk)
-                await exchange.send_chunk(_framed(data, wanted))
+                await context.send_chunk(_framed(data, wanted))
             if writer is None:
                 raise _silent()
             data = await self._write(wanted, writer.finish)
-            await exchange.send_chunk(_framed(data, wanted))
+            await context.send_chunk(_framed(data, wanted))
             if wanted.events:
-                await exchange.send_chunk(_done(wanted, count / served.sample_rate))
-            await exchange.end_stream()
+                await context.send_chunk(_done(wanted, count / loaded.sample_rate))
+            await context.end_stream()
 
-    async def _begin(self, exchange: Exchange, wanted: Wanted) -> None:
+    async def _begin(self, context: RequestContext, wanted: Wanted) -> None:
         content_type = CONTENT_TYPES[wanted.response_format]
         if wanted.events:
             content_type = EVENTS
-            exchange.error_event = _error_event
-        await exchange.start_stream(content_type, {"x-sample-rate": self._rate(wanted)})
+            context.error_event = _error_event
+        await context.start_stream(content_type, {"x-sample-rate": self._rate(wanted)})
 
     def _rate(self, wanted: Wanted) -> str:
         """Hz of what is sent, which is not the model's where the format cannot carry that."""
-        return str(writable_rate(self._worker.served.sample_rate, wanted.response_format))
+        return str(writable_rate(self._worker.loaded.sample_rate, wanted.response_format))
 
     def _is_cheap(self, wanted: Wanted) -> bool:
         """Samples that are only cast are written here; encoding and resampling take a thread of
         their own."""
-        rate = self._worker.served.sample_rate
+        rate = self._worker.loaded.sample_rate
         name = wanted.response_format
         return name == "wav" or (name == "pcm" and writable_rate(rate, name) == rate)
 

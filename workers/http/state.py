@@ -7,23 +7,23 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from workers.http.metrics import Metrics
-from workers.model.loader import Served
+from workers.model.loader import LoadedModel
 from workers.model.spec import Spec
-from workers.queueing.queue import Line
+from workers.queueing.queue import RequestQueue
 from workers.queueing.speech_rate import Pace
 
 
 @dataclass
-class Worker:
+class WorkerState:
     """One process with one model, one port, and one thread for its device."""
 
     id: str
     spec: Spec
-    served: Served
+    loaded: LoadedModel
     device_thread: Executor
     encoder_thread: Executor
     """Where audio is compressed, so that neither the device nor the event loop waits for it."""
-    line: Line
+    queue: RequestQueue
     metrics: Metrics
     pace: Pace = field(default_factory=Pace)
     draining: bool = False

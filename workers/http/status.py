@@ -12,21 +12,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from workers.errors import ApiError, unknown
-from workers.http.context import Exchange
+from workers.http.context import RequestContext
 from workers.http.memory import resident_bytes
-from workers.http.state import Worker
+from workers.http.state import WorkerState
 from workers.model.responses import as_json
 
 
 class Status:
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: WorkerState) -> None:
         self._worker = worker
 
     async def live(self, request: Request) -> Response:
         return _json({"status": "live"})
 
     async def ready(self, request: Request) -> Response:
-        if self._worker.draining or self._worker.line.closed:
+        if self._worker.draining or self._worker.queue.closed:
             error = ApiError(503, "The worker is ending.", code="draining")
             return _json(error.body(), 503, {"retry-after": "1"})
         return _json({"status": "ready"})
@@ -39,32 +39,32 @@ class Status:
         """What says nothing of the machine."""
         report = self._report()
         keys = ["status", "model", "engine", "provider", "running", "waiting"]
-        if self._worker.served.speaks:
+        if self._worker.loaded.speaks:
             keys += ["sample_rate", "voices"]
-        kind = self._worker.served.device.partition(":")[0]
+        kind = self._worker.loaded.device.partition(":")[0]
         return {**{key: report[key] for key in keys}, "device": kind}
 
     def _report(self) -> dict[str, Any]:
         worker = self._worker
-        line = worker.line
-        served = worker.served
-        mean = line.mean_service_seconds
-        speech = {"sample_rate": served.sample_rate, "voices": served.voices}
+        queue = worker.queue
+        loaded = worker.loaded
+        mean = queue.mean_service_seconds
+        speech = {"sample_rate": loaded.sample_rate, "voices": loaded.voices}
         return {
-            "device": served.device,
+            "device": loaded.device,
             "dtype": None,
             "engine": None,
             "provider": None,
-            **(speech if served.speaks else {}),
-            **served.report,
-            "status": "draining" if worker.draining or line.closed else "ready",
+            **(speech if loaded.speaks else {}),
+            **loaded.report,
+            "status": "draining" if worker.draining or queue.closed else "ready",
             "id": worker.id,
             "pid": os.getpid(),
             "model": worker.spec.name,
-            "running": line.running,
-            "waiting": line.waiting,
-            "line": line.limit,
-            "served": line.served,
+            "running": queue.running,
+            "waiting": queue.waiting,
+            "queue_size": queue.limit,
+            "served": queue.completed,
             "service_seconds": None if mean is None else round(mean, 6),
             "uptime_seconds": round(time.time() - worker.started, 3),
             "resident_bytes": resident_bytes(),
@@ -84,13 +84,13 @@ class Status:
         return _json(self._model(name))
 
     async def voices(self, request: Request) -> Response:
-        return _json({"voices": self._worker.served.voices})
+        return _json({"voices": self._worker.loaded.voices})
 
     async def longest_request(self, request: Request) -> Response:
         """What sizing is to send; asked for before there is any traffic, of the worker itself."""
         if _is_public(request):
             raise HTTPException(404)
-        longest = self._worker.served.longest_request
+        longest = self._worker.loaded.longest_request
         if longest is None:
             raise ApiError(404, "The model gives no longest_request().", code="not_found")
         return _json(longest)
@@ -102,8 +102,8 @@ class Status:
 
 def _is_public(request: Request) -> bool:
     """Whether it came through the balancer, which marks what it passes on."""
-    exchange: Exchange = request.scope["exchange"]
-    return exchange.balanced
+    context: RequestContext = request.scope["exchange"]
+    return context.balanced
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

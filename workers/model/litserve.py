@@ -14,7 +14,7 @@ from typing import Any
 from workers.errors import ApiError, LoadError
 from workers.logs import log
 from workers.model.async_calls import DeviceLoop
-from workers.model.responses import JSON, Answer, Text, encoded, model_json
+from workers.model.responses import JSON, Response, Text, encoded, model_json
 from workers.model.signatures import check_calls
 
 _HOOKS = {
@@ -181,13 +181,13 @@ class _LogQueue:
 
 def _answer(value: Any) -> Any:
     """LitServe answers JSON, also for a bare text, unless the hook built a response itself."""
-    if isinstance(value, bytes | bytearray | memoryview | Answer):
+    if isinstance(value, bytes | bytearray | memoryview | Response):
         return value
     if hasattr(value, "status_code") and hasattr(value, "body"):
         headers = {key: text for key, text in value.headers.items() if key not in _FRAMING}
         content_type = value.headers.get("content-type", "application/octet-stream")
-        return Answer(bytes(value.body), content_type, value.status_code, headers)
-    return Answer(model_json(value), JSON)
+        return Response(bytes(value.body), content_type, value.status_code, headers)
+    return Response(model_json(value), JSON)
 
 
 _FRAMING = ("content-length", "content-type", "transfer-encoding", "connection")

@@ -13,14 +13,14 @@ from workers.model.audio import samples
 from workers.model.contract import Audio, SpeechRequest
 from workers.model.litserve import LitModel, is_litapi
 from workers.model.loading import attempt, construct, load_class
-from workers.model.responses import as_json, stream, whole
+from workers.model.responses import as_json, complete, stream
 from workers.model.signatures import check_calls
 from workers.model.spec import Spec
 
 T = TypeVar("T")
 
 
-class Served:
+class LoadedModel:
     """A loaded and warm model. All of its methods belong to the device thread."""
 
     def __init__(self, model: Any, spec: Spec, device: str, loop: DeviceLoop) -> None:
@@ -47,7 +47,7 @@ class Served:
         value = self._loop.resolved(self._model.predict(payload))
         if isinstance(value, Iterator):
             return stream(value, events)
-        return whole(value)
+        return complete(value)
 
     def speak(self, request: SpeechRequest) -> Iterator[Audio]:
         """The speech in finite float32 chunks, while it is being made."""
@@ -89,7 +89,7 @@ class Served:
         self.longest_request = longest
 
 
-def load(spec: Spec, device: str, executor: Executor) -> Served:
+def load(spec: Spec, device: str, executor: Executor) -> LoadedModel:
     """Import the class here; construct, set up and warm up on the device thread.
 
     Raises LoadError: one line that says what failed, why, and where.
@@ -98,7 +98,7 @@ def load(spec: Spec, device: str, executor: Executor) -> Served:
     return executor.submit(_prepare, cls, spec, device).result()
 
 
-def _prepare(cls: type[Any], spec: Spec, device: str) -> Served:
+def _prepare(cls: type[Any], spec: Spec, device: str) -> LoadedModel:
     _check_class(cls, spec)
     began = time.perf_counter()
     model = construct(cls, spec)
@@ -106,20 +106,23 @@ def _prepare(cls: type[Any], spec: Spec, device: str) -> Served:
     if is_litapi(cls):
         model = LitModel(model, loop)
     check_calls(model, spec.target)
-    served = Served(model, spec, device, loop)
+    loaded = LoadedModel(model, spec, device, loop)
     _step(spec, f'setup("{device}")', lambda: loop.resolved(model.setup(device)))
-    loaded = time.perf_counter()
-    if served.speaks:
-        _read_voice(model, served)
+    load_ended = time.perf_counter()
+    if loaded.speaks:
+        _read_voice(model, loaded)
     elif spec.voice_aliases:
         raise LoadError(f"model.voice_aliases is set, but {spec.target} has no speak(request)")
     warm_up = getattr(model, "warm_up", None)
     if warm_up is not None:
         _step(spec, "warm_up()", lambda: loop.resolved(warm_up()))
-    _step(spec, "health()", served.refresh)
-    _step(spec, "longest_request()", served.read_longest_request)
-    served.startup_seconds = {"load": loaded - began, "warm_up": time.perf_counter() - loaded}
-    return served
+    _step(spec, "health()", loaded.refresh)
+    _step(spec, "longest_request()", loaded.read_longest_request)
+    loaded.startup_seconds = {
+        "load": load_ended - began,
+        "warm_up": time.perf_counter() - load_ended,
+    }
+    return loaded
 
 
 def _step(spec: Spec, what: str, step: Callable[[], T]) -> T:
@@ -135,8 +138,8 @@ def _check_class(cls: type[Any], spec: Spec) -> None:
         )
 
 
-def _read_voice(model: Any, served: Served) -> None:
-    target = served.spec.target
+def _read_voice(model: Any, loaded: LoadedModel) -> None:
+    target = loaded.spec.target
     rate = getattr(model, "sample_rate", None)
     if not isinstance(rate, int) or not 1000 <= rate <= 384_000:
         raise LoadError(f"{target}.sample_rate is {rate!r}; a whole number of Hz is needed")
@@ -147,11 +150,11 @@ def _read_voice(model: Any, served: Served) -> None:
         or not all(isinstance(voice, str) for voice in voices)
     ):
         raise LoadError(f"{target}.voices is {voices!r}; a list with at least one name is needed")
-    for alias, voice in served.spec.voice_aliases.items():
+    for alias, voice in loaded.spec.voice_aliases.items():
         if voice not in voices:
             raise LoadError(
                 f'model.voice_aliases: "{alias}" stands for "{voice}", which is no voice of '
                 f"{target}; its voices: {', '.join(voices)}"
             )
-    served.sample_rate = rate
-    served.voices = list(voices)
+    loaded.sample_rate = rate
+    loaded.voices = list(voices)

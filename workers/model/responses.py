@@ -18,7 +18,7 @@ EVENTS = "text/event-stream"
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """A whole response body."""
 
     body: bytes
@@ -65,15 +65,15 @@ def _not_sent(what: str) -> ApiError:
     )
 
 
-def whole(value: Any) -> Answer:
+def complete(value: Any) -> Response:
     """A returned value: bytes and str as they are, anything else as JSON. Raises ApiError 500."""
-    if isinstance(value, Answer):
+    if isinstance(value, Response):
         return value
     if isinstance(value, bytes | bytearray | memoryview):
-        return Answer(bytes(value), BYTES)
+        return Response(bytes(value), BYTES)
     if isinstance(value, str):
-        return Answer(encoded(value), TEXT)
-    return Answer(model_json(value), JSON)
+        return Response(encoded(value), TEXT)
+    return Response(model_json(value), JSON)
 
 
 def stream(values: Iterator[Any], events: bool) -> Iterator[Any]:

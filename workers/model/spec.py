@@ -26,7 +26,7 @@ class Spec:
     voice_aliases: dict[str, str] = field(default_factory=dict)
     """What callers may write for a voice → one of the model's voices."""
     path: tuple[Path, ...] = ()
-    line: int = 8
+    queue_size: int = 8
     request_timeout: float = 60.0
     body_limit: int = 64 * 1024 * 1024
     input_limit: int = 16384
@@ -46,7 +46,7 @@ class Spec:
 
 _MODEL_KEYS = ("target", "args", "name", "aliases", "voice_aliases")
 _KEYS = (
-    *("model", "path", "line", "request_timeout", "body_limit", "input_limit", "cache_dir"),
+    *("model", "path", "queue_size", "request_timeout", "body_limit", "input_limit", "cache_dir"),
     *("log_format", "created"),
 )
 _LOG_FORMATS = ("text", "json")
@@ -87,7 +87,7 @@ def parse_spec(document: Any) -> Spec:
         aliases=tuple(_texts(model.get("aliases", []), "model.aliases")),
         voice_aliases=_text_table(model.get("voice_aliases", {}), "model.voice_aliases"),
         path=tuple(Path(folder) for folder in _texts(top.get("path", []), "path")),
-        line=_whole(top.get("line", Spec.line), "line", least=0),
+        queue_size=_whole(top.get("queue_size", Spec.queue_size), "queue_size", least=0),
         request_timeout=_seconds(
             top.get("request_timeout", Spec.request_timeout), "request_timeout"
         ),

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 FILE = "running-requests"
-MOST_ENDED = 2
+MAX_CRASHES = 2
 """A request that ended so many workers is given to no other."""
 
 _KEY = re.compile(r"[0-9a-f]{32}")
@@ -25,7 +25,7 @@ ROW = _BYTES * _KEYS
 _NONE = bytes(_BYTES)
 
 
-class Board:
+class CrashGuard:
     """One worker's view. Without a file, or where it cannot be written, nothing is ever refused."""
 
     def __init__(self, folder: Path | None, worker_id: str) -> None:

@@ -13,8 +13,8 @@ import time
 
 from workers.device_errors import is_sticky
 from workers.logs import log
-from workers.model.loader import Served
-from workers.queueing.queue import Line
+from workers.model.loader import LoadedModel
+from workers.queueing.queue import RequestQueue
 
 EVERY = 1.0
 """Seconds between two reports, at least."""
@@ -27,9 +27,9 @@ class HealthReports:
     """Keeps ``served.report`` at most a second older than the last request, where health() is
     quick. Lives on the event loop, except where a docstring says "device thread"."""
 
-    def __init__(self, line: Line, served: Served) -> None:
-        self._line = line
-        self._served = served
+    def __init__(self, queue: RequestQueue, loaded: LoadedModel) -> None:
+        self._queue = queue
+        self._served = loaded
         self._next = 0.0
         self._pending = False
 
@@ -42,8 +42,8 @@ class HealthReports:
         loop.call_later(max(0.0, self._next - time.monotonic()), self._submit, loop)
 
     def _submit(self, loop: asyncio.AbstractEventLoop) -> None:
-        if not self._line.closed:
-            self._line.run_aside(lambda: self._ask(loop))
+        if not self._queue.closed:
+            self._queue.run_aside(lambda: self._ask(loop))
 
     def _ask(self, loop: asyncio.AbstractEventLoop) -> None:
         """Device thread."""
@@ -54,7 +54,7 @@ class HealthReports:
             log.warning("the model's health() failed: %s: %s", type(error).__name__, error)
             if is_sticky(error):
                 with contextlib.suppress(RuntimeError):  # the loop is gone after a drain
-                    loop.call_soon_threadsafe(self._line.lose)
+                    loop.call_soon_threadsafe(self._queue.lose)
         finally:
             ended = time.monotonic()
             self._next = ended + max(EVERY, _SHARE * (ended - began))

@@ -20,7 +20,7 @@ from workers.errors import ModelFailed, reduced
 from workers.model.contract import Work
 
 if TYPE_CHECKING:
-    from workers.queueing.queue import Line
+    from workers.queueing.queue import RequestQueue
 
 MAX_UNREAD = 8 * 2**20
 """Bytes of a stream that the device thread may be ahead of a slow reader: 87 s of 24 kHz float32
@@ -74,7 +74,9 @@ class SlowReader(Abandoned):
 class Job:
     """One admitted request: iterate it for what the model returns (one item) or yields (many)."""
 
-    def __init__(self, line: Line, call: Callable[[], Any], work: Work, key: str = "") -> None:
+    def __init__(
+        self, queue: RequestQueue, call: Callable[[], Any], work: Work, key: str = ""
+    ) -> None:
         self.work = work
         self.key = key
         """The balancer's name of the request, by which it is known again on another worker."""
@@ -83,7 +85,7 @@ class Job:
         self.admitted = time.perf_counter()
         self.started: float | None = None
         self.ended: float | None = None
-        self._line = line
+        self._queue = queue
         self._call: Callable[[], Any] | None = call
         self._loop = asyncio.get_running_loop()
         self.on_dropped: Callable[[], None] | None = None
@@ -178,7 +180,7 @@ class Job:
         if self._ticket.cancel():
             # It never ran and never will: its place is free at once.
             self._call = None
-            self._line._free()
+            self._queue._free()
         self._items.clear()
         self._close(reason(stage))
         if self.on_dropped is not None:
@@ -204,19 +206,19 @@ class Job:
         """The device thread is done with it, whether anyone still waits or not."""
         assert self.started is not None
         assert self.ended is not None
-        self._line._served(self.ended - self.started, error)
+        self._queue._served(self.ended - self.started, error)
         if not self._over:
             self._items.extend((item, 0) for item in last)
             self._close(error)
 
     def _run(self) -> None:
         """Device thread."""
-        if self._line.closed:
+        if self._queue.closed:
             # The process is about to end: without an answer, the balancer asks another worker.
             return
         self.started = time.perf_counter()
-        self._line._current = self
-        self._line.board.begin(self.key)
+        self._queue._current = self
+        self._queue.crash_guard.begin(self.key)
         error: Exception | None = None
         last: tuple[Any, ...] = ()
         try:
@@ -224,11 +226,11 @@ class Job:
         except BaseException as raised:
             error = reduced(raised)
         self._call = None
-        self._line.board.end()
-        self._line._current = None
+        self._queue.crash_guard.end()
+        self._queue._current = None
         self.ended = time.perf_counter()
         if isinstance(error, ModelFailed) and error.sticky:
-            self._line.closed = True
+            self._queue.closed = True
         with contextlib.suppress(RuntimeError):  # the loop is gone after a drain's deadline
             self._loop.call_soon_threadsafe(self._finish, error, *last)
 

@@ -15,14 +15,14 @@ from typing import Any
 
 from workers.errors import ModelFailed
 from workers.model.contract import Work
-from workers.queueing.crash_guard import MOST_ENDED, Board
+from workers.queueing.crash_guard import MAX_CRASHES, CrashGuard
 from workers.queueing.job import Job
 
 _FIRST_GUESS = 1.0  # seconds a request takes, before one was seen
 _WEIGHT = 0.2  # of the newest service time in the running mean
 
 
-class Refused(Exception):  # noqa: N818 - an answer, not a fault
+class QueueFull(Exception):  # noqa: N818 - an answer, not a fault
     """The line is full. ``retry_after``: whole seconds until it would have been served."""
 
     def __init__(self, retry_after: int) -> None:
@@ -30,11 +30,11 @@ class Refused(Exception):  # noqa: N818 - an answer, not a fault
         self.retry_after = retry_after
 
 
-class Closed(Exception):  # noqa: N818 - an answer, not a fault
+class QueueClosed(Exception):  # noqa: N818 - an answer, not a fault
     """Nothing is taken any more: the worker is on its way out."""
 
 
-class EndsWorkers(Exception):  # noqa: N818 - an answer, not a fault
+class CrashesWorkers(Exception):  # noqa: N818 - an answer, not a fault
     """The processes of other workers ended while they ran this very request."""
 
     def __init__(self, ended: int) -> None:
@@ -42,19 +42,21 @@ class EndsWorkers(Exception):  # noqa: N818 - an answer, not a fault
         self.ended = ended
 
 
-class Line:
+class RequestQueue:
     """One job runs, at most ``limit`` wait, the others are refused."""
 
-    def __init__(self, executor: Executor, limit: int, board: Board | None = None) -> None:
+    def __init__(
+        self, executor: Executor, limit: int, crash_guard: CrashGuard | None = None
+    ) -> None:
         self.limit = limit
-        self.board = board or Board(None, "")
+        self.crash_guard = crash_guard or CrashGuard(None, "")
         self.closed = False
         """Set to take nothing and run nothing any more."""
         self.on_sticky: Callable[[], None] | None = None
         """Called on the event loop when the device is lost to this process."""
         self.on_ended: Callable[[], None] | None = None
         """Called on the event loop when a request has left the device."""
-        self.served = 0
+        self.completed = 0
         self._executor = executor
         self._admitted = 0
         self._current: Job | None = None
@@ -99,16 +101,16 @@ class Line:
     def check(self) -> None:
         """Raises Refused or Closed when a request that came now would not be admitted."""
         if self.closed:
-            raise Closed
+            raise QueueClosed
         if self._admitted > self.limit:
-            raise Refused(self.retry_after)
+            raise QueueFull(self.retry_after)
 
     def submit(self, call: Callable[[], Any], work: Work, key: str = "") -> Job:
         """Admit ``call``, which the device thread will run. Raises Refused or Closed, and
         EndsWorkers for a request that has ended others."""
         self.check()
-        if (ended := self.board.ended(key)) >= MOST_ENDED:
-            raise EndsWorkers(ended)
+        if (ended := self.crash_guard.ended(key)) >= MAX_CRASHES:
+            raise CrashesWorkers(ended)
         job = Job(self, call, work, key)
         self._admitted += 1
         job._begin(self._executor)
@@ -140,7 +142,7 @@ class Line:
         if isinstance(error, ModelFailed) and error.sticky:
             self.lose()
         if error is None:
-            self.served += 1
+            self.completed += 1
             old = seconds if self._mean is None else self._mean
             self._mean = old + _WEIGHT * (seconds - old)
         if self.on_ended is not None:

@@ -9,7 +9,7 @@ import time
 import traceback
 
 from workers.logs import log
-from workers.queueing.queue import Line
+from workers.queueing.queue import RequestQueue
 
 EXIT_STUCK = 1
 GRACE = 5.0
@@ -30,15 +30,15 @@ def report_patience(request_timeout: float) -> float:
     return max(GRACE, request_timeout / 2)
 
 
-def watch(line: Line, request_timeout: float) -> None:
+def watch(queue: RequestQueue, request_timeout: float) -> None:
     """End this process once a call has had the device for longer than the patience."""
     limits = patience(request_timeout), report_patience(request_timeout)
-    threading.Thread(target=_watch, args=(line, *limits), name="watch", daemon=True).start()
+    threading.Thread(target=_watch, args=(queue, *limits), name="watch", daemon=True).start()
 
 
-def _watch(line: Line, limit: float, report_limit: float) -> None:
+def _watch(queue: RequestQueue, limit: float, report_limit: float) -> None:
     while True:
-        seconds, report_seconds = line.running_seconds, line.aside_seconds
+        seconds, report_seconds = queue.running_seconds, queue.aside_seconds
         if seconds > limit or report_seconds > report_limit:
             break
         time.sleep(min(5.0, limit / _CHECKS))

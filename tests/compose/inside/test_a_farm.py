@@ -159,12 +159,12 @@ def test_a_stopped_container_finishes_what_it_has_begun() -> None:
 
 def lines_of(farm: Project) -> set[int | None]:
     """How many may wait, as each worker tells; None until it has been asked."""
-    return {(worker["health"] or {}).get("line") for worker in farm.workers().values()}
+    return {(worker["health"] or {}).get("queue_size") for worker in farm.workers().values()}
 
 
 def test_another_configuration_on_the_old_volume(first_seconds: float) -> None:
     changed = Project(
-        FARM.name, FARM.port, {"GPUFARM_WORKERS__COUNT": "2", "GPUFARM_WORKERS__LINE": "5"}
+        FARM.name, FARM.port, {"GPUFARM_WORKERS__COUNT": "2", "GPUFARM_WORKERS__QUEUE_SIZE": "5"}
     )
     before = FARM.inside("cat", "/var/lib/gpufarm/footprints.json")
     changed.up()

@@ -62,7 +62,7 @@ def test_later_sources_win_key_by_key(elsewhere: Path) -> None:
     assert (settings.port, settings.host) == (3, "::1")
     assert settings.workers.count == 2
     assert settings.workers.max == 4
-    assert settings.workers.line == 3
+    assert settings.workers.queue_size == 3
 
 
 def test_the_file_is_named_by_option_then_variable_then_found(elsewhere: Path) -> None:

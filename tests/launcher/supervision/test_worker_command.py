@@ -99,7 +99,7 @@ def test_the_digest_changes_with_what_is_served_and_with_nothing_else(tmp_path: 
     assert digested(device=GPU) != digested(device=replace(GPU, id="GPU-5678"))
     assert digested(device=GPU) == digested(device=replace(GPU, free=1, name="the same card"))
     changes: list[dict[str, Any]] = [
-        {"workers__line": 3},
+        {"workers__queue_size": 3},
         {"workers__threads": 2},
         {"model__name": "other"},
         {"workers__request_timeout": 33.0},
@@ -110,7 +110,7 @@ def test_the_digest_changes_with_what_is_served_and_with_nothing_else(tmp_path: 
     assert digest(settings(tmp_path), CPU, "other sources", tmp_path) != base
     external = digested(COMMAND)
     assert external != base
-    assert digested(COMMAND, workers__line=3) == external
+    assert digested(COMMAND, workers__queue_size=3) == external
 
 
 def test_the_sources_digest_follows_the_models_own_files_and_no_others(tmp_path: Path) -> None:

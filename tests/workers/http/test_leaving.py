@@ -55,14 +55,14 @@ class Slow(WorkerProcess):
 def test_a_full_line_answers_429_and_serves_again(
     tmp_path: Path, callers: concurrent.futures.ThreadPoolExecutor
 ) -> None:
-    with Slow(tmp_path, line=1) as worker:
+    with Slow(tmp_path, queue=1) as worker:
         admitted = [callers.submit(worker.held, str(number)) for number in range(2)]
         eventually(lambda: worker.standing() == (1, 1), "a full line")
         refused = worker.held("third")
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
-        assert refused.json()["error"]["code"] == "line_full"
-        assert worker.metric("gpufarm_requests_rejected_total", reason="line_full") == 1
+        assert refused.json()["error"]["code"] == "queue_full"
+        assert worker.metric("gpufarm_requests_rejected_total", reason="queue_full") == 1
         assert worker.metric("gpufarm_queue_depth") == 1
         assert worker.metric("gpufarm_requests_in_progress") == 1
         worker.gate.touch()

@@ -216,7 +216,7 @@ def test_probes_and_health(echo: WorkerProcess) -> None:
     assert report["model"] == "test"
     assert (report["device"], report["dtype"], report["engine"]) == ("cpu", "float32", "echo")
     assert report["provider"] is None
-    assert (report["running"], report["waiting"], report["line"]) == (0, 0, 8)
+    assert (report["running"], report["waiting"], report["queue_size"]) == (0, 0, 8)
     assert report["resident_bytes"] > 10_000_000
     assert report["uptime_seconds"] > 0
     assert len(report["threads"]) == 1
@@ -327,7 +327,7 @@ def test_a_generator_streams_lines(counting: WorkerProcess) -> None:
     answer = counting.predict({"count": 3})
     assert answer.headers["content-type"] == "application/x-ndjson"
     assert answer.headers["x-accel-buffering"] == "no"
-    assert [json.loads(line) for line in answer.text.splitlines()] == [
+    assert [json.loads(queue) for queue in answer.text.splitlines()] == [
         {"n": 0},
         {"n": 1},
         {"n": 2},

@@ -15,10 +15,10 @@ import pytest
 from tests.workers.harness import PATIENCE, WorkerProcess, eventually
 from workers.http.app import build_app
 from workers.http.metrics import Metrics
-from workers.http.state import Worker
+from workers.http.state import WorkerState
 from workers.model.loader import load
 from workers.model.spec import Spec
-from workers.queueing.queue import Line
+from workers.queueing.queue import RequestQueue
 
 BALANCED = {"X-Farm-Request": "0123456789abcdef" * 2}
 
@@ -34,7 +34,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]
 def test_a_full_queue_is_502_for_the_balancer_and_429_for_others(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     with (
-        WorkerProcess(tmp_path, "tests.workers.models.plain:Slow", spec={"line": 0}) as worker,
+        WorkerProcess(
+            tmp_path, "tests.workers.models.plain:Slow", spec={"queue_size": 0}
+        ) as worker,
         concurrent.futures.ThreadPoolExecutor(1) as callers,
     ):
         body = {"until": str(gate)}
@@ -49,7 +51,7 @@ def test_a_full_queue_is_502_for_the_balancer_and_429_for_others(tmp_path: Path)
         assert balanced.headers["x-accel-redirect"] == "/.gpufarm/429"
         assert balanced.headers["retry-after"] == direct.headers["retry-after"]
         assert balanced.json() == direct.json()
-        assert balanced.json()["error"]["code"] == "line_full"
+        assert balanced.json()["error"]["code"] == "queue_full"
         assert worker.metric("gpufarm_requests_total", code="429") == 2
         assert worker.metric("gpufarm_requests_total", code="502") == 0
         gate.touch()
@@ -59,13 +61,13 @@ def test_a_full_queue_is_502_for_the_balancer_and_429_for_others(tmp_path: Path)
 def test_a_closed_worker_is_502_for_the_balancer_at_once() -> None:
     with ThreadPoolExecutor(1) as executor:
         spec = Spec(target="tests.workers.models.plain:Echo")
-        line = Line(executor, spec.line)
-        served = load(spec, "cpu", executor)
-        metrics = Metrics("w1", spec.name, line)
-        app = build_app(Worker("w1", spec, served, executor, executor, line, metrics))
+        queue = RequestQueue(executor, spec.queue_size)
+        loaded = load(spec, "cpu", executor)
+        metrics = Metrics("w1", spec.name, queue)
+        app = build_app(WorkerState("w1", spec, loaded, executor, executor, queue, metrics))
 
         async def asked() -> httpx.Response:
-            line.closed = True
+            queue.closed = True
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://w1") as client:
                 return await client.post("/predict", json=1, headers=BALANCED)

@@ -88,6 +88,6 @@ def test_an_encoder_that_fails_ends_the_models_work(tmp_path: Path) -> None:
         eventually(lambda: worker.standing() == (0, 0), "the end of the model's work")
         assert worker.metric("gpufarm_requests_total", code="500") == 1
         assert "No space left on device" in worker.log
-        whole = worker.client.post("/v1/audio/speech", json={"input": "hi", "stream": False})
-        assert whole.json()["error"]["code"] == "worker_failed"
-        assert whole.headers["x-should-retry"] == "false"
+        complete = worker.client.post("/v1/audio/speech", json={"input": "hi", "stream": False})
+        assert complete.json()["error"]["code"] == "worker_failed"
+        assert complete.headers["x-should-retry"] == "false"

@@ -162,8 +162,8 @@ def test_audio_leaves_while_more_is_made(hum: WorkerProcess, tmp_path: Path, nam
         gate.touch()
         rest = b"".join(chunks)
     if name == "pcm":
-        whole = speak(hum, input="hi", response_format="pcm").content
-        assert first + rest == whole
+        complete = speak(hum, input="hi", response_format="pcm").content
+        assert first + rest == complete
     else:
         assert duration(first + rest) == pytest.approx(0.2, abs=0.15)
 
@@ -183,12 +183,12 @@ def test_events_carry_the_same_audio(hum: WorkerProcess) -> None:
     pcm = speak(hum, response_format="pcm").content
     answer = speak(hum, response_format="pcm", stream_format="sse")
     assert answer.headers["content-type"] == "text/event-stream"
-    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line]
+    events = [json.loads(queue[6:]) for queue in answer.text.splitlines() if queue]
     assert [event["type"] for event in events] == ["speech.audio.delta"] * 6 + ["speech.audio.done"]
     assert b"".join(base64.b64decode(event["audio"]) for event in events[:-1]) == pcm
     assert set(events[-1]["usage"]) >= {"input_tokens", "output_tokens", "total_tokens"}
     flac = speak(hum, response_format="flac", stream_format="sse")
-    events = [json.loads(line[6:]) for line in flac.text.splitlines() if line]
+    events = [json.loads(queue[6:]) for queue in flac.text.splitlines() if queue]
     audio = b"".join(base64.b64decode(event["audio"]) for event in events[:-1])
     assert duration(audio) == pytest.approx(0.5, abs=0.01)
 

@@ -100,8 +100,8 @@ def test_async_speech(tmp_path: Path) -> None:
             "/v1/audio/speech", json={"input": "hello", "response_format": "pcm"}
         )
         assert len(answer.content) == 2 * 5 * 2400
-        whole = {"input": "hello", "response_format": "wav", "stream": False}
-        answer = worker.client.post("/v1/audio/speech", json=whole)
+        complete = {"input": "hello", "response_format": "wav", "stream": False}
+        answer = worker.client.post("/v1/audio/speech", json=complete)
         assert answer.headers["x-audio-seconds"] == "0.500"
         worker.terminate()
         assert worker.wait() == 0

@@ -79,13 +79,13 @@ def test_pcm_is_always_24_khz(rate: int) -> None:
 
 def test_a_whole_wav_states_its_length_and_a_streamed_one_says_read_on() -> None:
     audio = tone(16000)
-    whole = encode([audio], 16000, "wav")
-    assert struct.unpack("<I", whole[4:8])[0] == len(whole) - 8
-    assert struct.unpack("<I", whole[40:44])[0] == 2 * len(audio)
+    complete = encode([audio], 16000, "wav")
+    assert struct.unpack("<I", complete[4:8])[0] == len(complete) - 8
+    assert struct.unpack("<I", complete[40:44])[0] == 2 * len(audio)
     writer = encoder(16000, "wav")
     streamed = writer.feed(audio) + writer.finish()
     assert struct.unpack("<I", streamed[40:44])[0] == 0xFFFFFFFF
-    assert streamed[44:] == whole[44:]
+    assert streamed[44:] == complete[44:]
 
 
 @pytest.mark.parametrize(

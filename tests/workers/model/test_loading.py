@@ -11,7 +11,7 @@ import pytest
 
 from tests.workers.harness import ROOT, WorkerProcess, eventually
 from workers.errors import LoadError
-from workers.model.loader import Served, load
+from workers.model.loader import LoadedModel, load
 from workers.model.spec import Spec
 
 FAULTY = "tests.workers.models.faulty_start"
@@ -23,24 +23,24 @@ def executor() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def loaded(executor: ThreadPoolExecutor, target: str, **args: Any) -> Served:
+def load_it(executor: ThreadPoolExecutor, target: str, **args: Any) -> LoadedModel:
     return load(Spec(target=target, args=args), "cpu", executor)
 
 
 def test_a_model_is_set_up_on_the_device_thread(executor: ThreadPoolExecutor) -> None:
-    served = loaded(executor, "tests.workers.models.plain:Echo")
+    loaded = load_it(executor, "tests.workers.models.plain:Echo")
     thread = executor.submit(lambda: __import__("threading").current_thread().name).result()
-    assert served.report["threads"] == [thread]
-    assert served.predict("device", events=False).body == b'{"device":"cpu"}'
-    assert served.predicts
-    assert not served.speaks
-    assert set(served.startup_seconds) == {"load", "warm_up"}
+    assert loaded.report["threads"] == [thread]
+    assert loaded.predict("device", events=False).body == b'{"device":"cpu"}'
+    assert loaded.predicts
+    assert not loaded.speaks
+    assert set(loaded.startup_seconds) == {"load", "warm_up"}
 
 
 def test_a_speech_model_tells_its_rate_and_voices(executor: ThreadPoolExecutor) -> None:
-    served = loaded(executor, "tests.workers.models.speech:Hum", sample_rate=8000)
-    assert served.speaks
-    assert (served.sample_rate, served.voices) == (8000, ["low", "high"])
+    loaded = load_it(executor, "tests.workers.models.speech:Hum", sample_rate=8000)
+    assert loaded.speaks
+    assert (loaded.sample_rate, loaded.voices) == (8000, ["low", "high"])
 
 
 def test_a_class_beside_the_configuration_is_enough(
@@ -111,7 +111,7 @@ def test_what_cannot_load_says_so_in_one_line(
     executor: ThreadPoolExecutor, target: str, args: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(LoadError) as error:
-        loaded(executor, target, **args)
+        load_it(executor, target, **args)
     message = str(error.value)
     assert "\n" not in message
     for word in words:

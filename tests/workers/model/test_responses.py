@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 from workers.errors import ApiError
-from workers.model.responses import as_json, stream, whole
+from workers.model.responses import as_json, complete, stream
 
 
 def test_values_and_their_types() -> None:
-    assert whole({"a": [1]}).body == b'{"a":[1]}'
-    assert whole({"a": [1]}).content_type == "application/json"
-    assert whole(b"x").content_type == "application/octet-stream"
-    assert whole(bytearray(b"x")).body == b"x"
-    assert whole("é").body == "é".encode()
-    assert whole("é").content_type == "text/plain; charset=utf-8"
-    assert whole(None).body == b"null"
+    assert complete({"a": [1]}).body == b'{"a":[1]}'
+    assert complete({"a": [1]}).content_type == "application/json"
+    assert complete(b"x").content_type == "application/octet-stream"
+    assert complete(bytearray(b"x")).body == b"x"
+    assert complete("é").body == "é".encode()
+    assert complete("é").content_type == "text/plain; charset=utf-8"
+    assert complete(None).body == b"null"
 
 
 def test_arrays_become_lists() -> None:
@@ -71,7 +71,7 @@ RING.append(RING)
 )
 def test_what_cannot_be_sent_is_named_with_its_place_and_remedy(value: Any, words: str) -> None:
     with pytest.raises(ApiError) as error:
-        whole(value)
+        complete(value)
     assert error.value.status == 500
     assert error.value.message.startswith(f"The model returned {words}")
     if not isinstance(value, str):

@@ -15,7 +15,7 @@ from workers.model.spec import Spec, parse_spec, read_spec
 def test_the_smallest_spec_has_defaults() -> None:
     spec = parse_spec({"model": {"target": "a:B"}})
     assert spec == Spec(target="a:B")
-    assert (spec.line, spec.request_timeout, spec.body_limit) == (8, 60.0, 64 * 1024 * 1024)
+    assert (spec.queue_size, spec.request_timeout, spec.body_limit) == (8, 60.0, 64 * 1024 * 1024)
 
 
 def test_every_key_is_read(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
             "voice_aliases": {"alloy": "anna"},
         },
         "path": [str(tmp_path)],
-        "line": 0,
+        "queue_size": 0,
         "request_timeout": 5,
         "body_limit": 10,
         "input_limit": 20,
@@ -45,7 +45,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         aliases=("tts-1",),
         voice_aliases={"alloy": "anna"},
         path=(tmp_path,),
-        line=0,
+        queue_size=0,
         request_timeout=5.0,
         body_limit=10,
         input_limit=20,
@@ -73,8 +73,11 @@ def test_default_is_always_a_name() -> None:
         ),
         ({"model": {"target": "a:B"}, "zzz": 1}, 'unknown key "zzz" in the document; known keys'),
         ({"model": {"target": "a:B", "args": []}}, "model.args is []"),
-        ({"model": {"target": "a:B"}, "line": -1}, "line is -1; a whole number of at least 0"),
-        ({"model": {"target": "a:B"}, "line": True}, "line is true"),
+        (
+            {"model": {"target": "a:B"}, "queue_size": -1},
+            "queue_size is -1; a whole number of at least 0",
+        ),
+        ({"model": {"target": "a:B"}, "queue_size": True}, "queue_size is true"),
         ({"model": {"target": "a:B"}, "request_timeout": 0}, "request_timeout is 0"),
         ({"model": {"target": "a:B"}, "request_timeout": "1"}, 'request_timeout is "1"'),
         ({"model": {"target": "a:B"}, "path": "x"}, 'path is "x"; a list of texts'),

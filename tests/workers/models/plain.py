@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.errors import ApiError
-from workers.model.responses import Answer
+from workers.model.responses import Response
 
 
 class Echo:
@@ -134,10 +134,10 @@ class Answers:
     def setup(self, device: str) -> None:
         pass
 
-    def predict(self, request: dict[str, Any]) -> Answer:
+    def predict(self, request: dict[str, Any]) -> Response:
         if request.get("raises"):
             raise ApiError(request["status"], "says the model")
-        return Answer(b"made", "text/plain", request["status"], request.get("headers"))
+        return Response(b"made", "text/plain", request["status"], request.get("headers"))
 
 
 class Async:

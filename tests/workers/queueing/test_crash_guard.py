@@ -4,50 +4,54 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from workers.queueing.crash_guard import FILE, ROW, Board
+from workers.queueing.crash_guard import FILE, ROW, CrashGuard
 
 KEY, OTHER = "a" * 32, "0123456789abcdef" * 2
 
 
 def test_what_ended_with_its_worker_is_seen_by_the_others(tmp_path: Path) -> None:
-    first, third = Board(tmp_path, "w1"), Board(tmp_path, "w3")
+    first, third = CrashGuard(tmp_path, "w1"), CrashGuard(tmp_path, "w3")
     assert third.ended(KEY) == 0
     first.begin(KEY)
     assert third.ended(KEY) == 1
-    first = Board(tmp_path, "w1")  # its successor, which runs something else meanwhile
+    first = CrashGuard(tmp_path, "w1")  # its successor, which runs something else meanwhile
     first.begin(OTHER)
     first.end()
     assert third.ended(KEY) == 1
     third.begin(KEY)
-    assert Board(tmp_path, "w2").ended(KEY) == 2
+    assert CrashGuard(tmp_path, "w2").ended(KEY) == 2
     assert (tmp_path / FILE).stat().st_size == 3 * ROW
 
 
 def test_what_a_worker_finished_is_forgotten(tmp_path: Path) -> None:
-    board = Board(tmp_path, "w1")
-    board.begin(KEY)
-    board.end()
-    assert Board(tmp_path, "w1").ended(KEY) == 0
+    crash_guard = CrashGuard(tmp_path, "w1")
+    crash_guard.begin(KEY)
+    crash_guard.end()
+    assert CrashGuard(tmp_path, "w1").ended(KEY) == 0
 
 
 def test_a_row_does_not_grow(tmp_path: Path) -> None:
     for number in range(10):
-        Board(tmp_path, "w1").begin(f"{number:032x}")
+        CrashGuard(tmp_path, "w1").begin(f"{number:032x}")
     assert (tmp_path / FILE).stat().st_size == ROW
-    assert Board(tmp_path, "w1").ended(f"{9:032x}") == 1
-    assert Board(tmp_path, "w1").ended(f"{0:032x}") == 0
+    assert CrashGuard(tmp_path, "w1").ended(f"{9:032x}") == 1
+    assert CrashGuard(tmp_path, "w1").ended(f"{0:032x}") == 0
 
 
 def test_only_the_balancers_own_keys_count(tmp_path: Path) -> None:
-    board = Board(tmp_path, "w1")
+    crash_guard = CrashGuard(tmp_path, "w1")
     for header in ("", "abc", "A" * 32, "a" * 33, "\0" * 32):
-        assert Board.key(header) == ""
-    assert Board.key(KEY) == KEY
-    assert board.ended("") == 0
+        assert CrashGuard.key(header) == ""
+    assert CrashGuard.key(KEY) == KEY
+    assert crash_guard.ended("") == 0
 
 
 def test_without_a_place_for_it_nothing_is_refused(tmp_path: Path) -> None:
-    for board in (Board(None, "w1"), Board(tmp_path / "missing", "w1"), Board(tmp_path, "alone")):
-        board.begin(KEY)
-        assert board.ended(KEY) == 0
-        board.end()
+    for crash_guard in (
+        CrashGuard(None, "w1"),
+        CrashGuard(tmp_path / "missing", "w1"),
+        CrashGuard(tmp_path, "alone"),
+    ):
+        crash_guard.begin(KEY)
+        assert crash_guard.ended(KEY) == 0
+        crash_guard.end()

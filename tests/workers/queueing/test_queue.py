@@ -17,7 +17,7 @@ from workers.errors import ModelFailed
 from workers.model.contract import Cancelled, InvalidRequest, Work
 from workers.queueing import job as jobs
 from workers.queueing.job import CallerLeft, DeadlinePassed, Job, SlowReader
-from workers.queueing.queue import Closed, Line, Refused
+from workers.queueing.queue import QueueClosed, QueueFull, RequestQueue
 
 PATIENCE = 30.0
 
@@ -35,11 +35,11 @@ class Gate:
         return "held"
 
 
-def in_line(test: Callable[[Line], Awaitable[None]], limit: int = 8) -> None:
+def in_line(test: Callable[[RequestQueue], Awaitable[None]], limit: int = 8) -> None:
     """Run ``test`` with a line of its own, and with a deadline."""
     executor = ThreadPoolExecutor(1)
     try:
-        asyncio.run(asyncio.wait_for(_awaited(test(Line(executor, limit))), PATIENCE))
+        asyncio.run(asyncio.wait_for(_awaited(test(RequestQueue(executor, limit))), PATIENCE))
     finally:
         executor.shutdown()
 
@@ -58,19 +58,19 @@ async def collected(job: Job) -> list[Any]:
 
 
 def test_a_value_is_the_only_item() -> None:
-    async def test(line: Line) -> None:
-        job = line.submit(lambda: 7, Work())
+    async def test(queue: RequestQueue) -> None:
+        job = queue.submit(lambda: 7, Work())
         assert await collected(job) == [7]
         assert not job.streams
         assert job.service_seconds > 0
-        assert (line.waiting, line.running, line.served) == (0, 0, 1)
+        assert (queue.waiting, queue.running, queue.completed) == (0, 0, 1)
 
     in_line(test)
 
 
 def test_a_stream_comes_item_by_item() -> None:
-    async def test(line: Line) -> None:
-        job = line.submit(lambda: iter([1, 2, 3]), Work())
+    async def test(queue: RequestQueue) -> None:
+        job = queue.submit(lambda: iter([1, 2, 3]), Work())
         assert await collected(job) == [1, 2, 3]
         assert job.streams
 
@@ -78,13 +78,13 @@ def test_a_stream_comes_item_by_item() -> None:
 
 
 def test_everything_runs_on_one_thread_in_order() -> None:
-    async def test(line: Line) -> None:
+    async def test(queue: RequestQueue) -> None:
         ran: list[tuple[int, str]] = []
 
         def call(number: int) -> Callable[[], None]:
             return lambda: ran.append((number, threading.current_thread().name))
 
-        jobs = [line.submit(call(number), Work()) for number in range(8)]
+        jobs = [queue.submit(call(number), Work()) for number in range(8)]
         await asyncio.gather(*(collected(job) for job in jobs))
         assert [number for number, _ in ran] == list(range(8))
         assert len({thread for _, thread in ran}) == 1
@@ -93,51 +93,51 @@ def test_everything_runs_on_one_thread_in_order() -> None:
 
 
 def test_a_full_line_refuses_with_the_time_it_needs() -> None:
-    async def test(line: Line) -> None:
+    async def test(queue: RequestQueue) -> None:
         gate = Gate()
-        first = line.submit(gate, Work())
+        first = queue.submit(gate, Work())
         await reaches(gate.running.is_set)
-        others = [line.submit(lambda: None, Work()) for _ in range(2)]
-        assert (line.running, line.waiting) == (1, 2)
-        with pytest.raises(Refused) as refused:
-            line.submit(lambda: None, Work())
+        others = [queue.submit(lambda: None, Work()) for _ in range(2)]
+        assert (queue.running, queue.waiting) == (1, 2)
+        with pytest.raises(QueueFull) as refused:
+            queue.submit(lambda: None, Work())
         assert refused.value.retry_after == 3  # three are ahead, and a second each is the guess
         gate.opened.set()
         await asyncio.gather(*(collected(job) for job in [first, *others]))
-        await collected(line.submit(lambda: None, Work()))
+        await collected(queue.submit(lambda: None, Work()))
 
     in_line(test, limit=2)
 
 
 def test_retry_after_follows_the_observed_service_time() -> None:
-    async def test(line: Line) -> None:
-        line._served(30.0, None)  # what the device thread reports after a request of 30 s
-        line._admitted = 1
-        assert line.retry_after == 30
-        line._admitted = 5
-        assert line.retry_after == 150
+    async def test(queue: RequestQueue) -> None:
+        queue._served(30.0, None)  # what the device thread reports after a request of 30 s
+        queue._admitted = 1
+        assert queue.retry_after == 30
+        queue._admitted = 5
+        assert queue.retry_after == 150
         for _ in range(60):
-            line._served(0.01, None)
-        line._admitted = 3
-        assert line.retry_after == 1
-        assert line.mean_service_seconds == pytest.approx(0.01, abs=0.001)
+            queue._served(0.01, None)
+        queue._admitted = 3
+        assert queue.retry_after == 1
+        assert queue.mean_service_seconds == pytest.approx(0.01, abs=0.001)
 
     in_line(test)
 
 
 def test_who_leaves_the_line_never_runs_and_frees_the_place() -> None:
-    async def test(line: Line) -> None:
+    async def test(queue: RequestQueue) -> None:
         gate = Gate()
         ran: list[str] = []
-        first = line.submit(gate, Work())
+        first = queue.submit(gate, Work())
         await reaches(gate.running.is_set)
-        second = line.submit(lambda: ran.append("left"), Work())
+        second = queue.submit(lambda: ran.append("left"), Work())
         second.leave()
         with pytest.raises(CallerLeft) as left:
             await anext(second)
         assert left.value.stage == "waiting"
-        assert line.waiting == 0
-        third = line.submit(lambda: ran.append("third"), Work())
+        assert queue.waiting == 0
+        third = queue.submit(lambda: ran.append("third"), Work())
         gate.opened.set()
         await collected(first)
         await collected(third)
@@ -147,52 +147,52 @@ def test_who_leaves_the_line_never_runs_and_frees_the_place() -> None:
 
 
 def test_a_deadline_in_the_line_is_answered_there_and_never_runs() -> None:
-    async def test(line: Line) -> None:
+    async def test(queue: RequestQueue) -> None:
         gate = Gate()
         ran: list[str] = []
-        first = line.submit(gate, Work())
+        first = queue.submit(gate, Work())
         await reaches(gate.running.is_set)
-        late = line.submit(lambda: ran.append("late"), Work(time.monotonic() + 0.02))
+        late = queue.submit(lambda: ran.append("late"), Work(time.monotonic() + 0.02))
         with pytest.raises(DeadlinePassed) as passed:
             await anext(late)
         assert passed.value.stage == "waiting"
         assert not gate.opened.is_set()
         gate.opened.set()
         await collected(first)
-        await collected(line.submit(lambda: None, Work()))
+        await collected(queue.submit(lambda: None, Work()))
         assert ran == []
 
     in_line(test)
 
 
 def test_a_deadline_that_has_passed_on_arrival_never_runs() -> None:
-    async def test(line: Line) -> None:
+    async def test(queue: RequestQueue) -> None:
         ran: list[str] = []
-        job = line.submit(lambda: ran.append("late"), Work(time.monotonic() - 1))
+        job = queue.submit(lambda: ran.append("late"), Work(time.monotonic() - 1))
         with pytest.raises((DeadlinePassed, Cancelled)):
             await anext(job)
-        await collected(line.submit(lambda: None, Work()))
+        await collected(queue.submit(lambda: None, Work()))
         assert ran == []
 
     in_line(test)
 
 
 def test_a_deadline_while_running_is_answered_while_the_call_goes_on() -> None:
-    async def test(line: Line) -> None:
+    async def test(queue: RequestQueue) -> None:
         gate = Gate()
-        job = line.submit(gate, Work(time.monotonic() + 0.05))
+        job = queue.submit(gate, Work(time.monotonic() + 0.05))
         with pytest.raises(DeadlinePassed):
             await collected(job)
         if gate.running.is_set():  # the machine may have been too busy to begin in time
-            assert line.running == 1
+            assert queue.running == 1
         gate.opened.set()
-        await reaches(lambda: line.idle)
+        await reaches(lambda: queue.idle)
 
     in_line(test)
 
 
 def test_a_model_that_checks_stops_at_the_deadline() -> None:
-    async def test(line: Line) -> None:
+    async def test(queue: RequestQueue) -> None:
         work = Work(time.monotonic() + 0.05)
 
         def endless() -> None:
@@ -200,14 +200,14 @@ def test_a_model_that_checks_stops_at_the_deadline() -> None:
                 work.check()
 
         with pytest.raises((DeadlinePassed, Cancelled)):
-            await collected(line.submit(endless, work))
-        await reaches(lambda: line.idle)
+            await collected(queue.submit(endless, work))
+        await reaches(lambda: queue.idle)
 
     in_line(test)
 
 
 def test_a_stream_is_closed_on_its_thread_when_the_caller_leaves() -> None:
-    async def test(line: Line) -> None:
+    async def test(queue: RequestQueue) -> None:
         closed: list[str] = []
         threads: list[str] = []
 
@@ -219,13 +219,13 @@ def test_a_stream_is_closed_on_its_thread_when_the_caller_leaves() -> None:
             finally:
                 closed.append(threading.current_thread().name)
 
-        job = line.submit(endless, Work())
+        job = queue.submit(endless, Work())
         assert await anext(job) == 1
         assert job.stage == "streaming"
         job.leave()
         with pytest.raises(CallerLeft):
             await anext(job)
-        await reaches(lambda: line.idle)
+        await reaches(lambda: queue.idle)
         assert closed == threads
 
     in_line(test)
@@ -245,9 +245,9 @@ def chunks(count: int, made: list[int]) -> Callable[[], Iterator[bytes]]:
 def test_a_slow_reader_holds_the_stream_back_by_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "MAX_UNREAD", 4 * 1024)
 
-    async def test(line: Line) -> None:
+    async def test(queue: RequestQueue) -> None:
         made: list[int] = []
-        job = line.submit(chunks(100, made), Work())
+        job = queue.submit(chunks(100, made), Work())
         await reaches(lambda: job.waited > 0)
         assert len(made) <= 6  # the bound, one beyond it, and one in the model's hands
         assert await collected(job) == [bytes([number]) * 1024 for number in range(100)]
@@ -259,11 +259,11 @@ def test_a_slow_reader_holds_the_stream_back_by_its_bytes(monkeypatch: pytest.Mo
 def test_the_device_is_free_when_the_last_item_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "MAX_UNREAD", 4 * 1024)
 
-    async def test(line: Line) -> None:
+    async def test(queue: RequestQueue) -> None:
         made: list[int] = []
-        unread = line.submit(chunks(5, made), Work())
-        assert await collected(line.submit(lambda: "next", Work())) == ["next"]
-        assert line.idle
+        unread = queue.submit(chunks(5, made), Work())
+        assert await collected(queue.submit(lambda: "next", Work())) == ["next"]
+        assert queue.idle
         assert unread.waited == 0
         assert len(await collected(unread)) == 5
 
@@ -276,20 +276,20 @@ def test_a_reader_below_the_floor_is_cut_off_while_the_device_waits(
     monkeypatch.setattr(jobs, "MAX_UNREAD", 4 * 1024)
     monkeypatch.setattr(jobs, "FLOOR_SECONDS", 0.2)
 
-    async def test(line: Line) -> None:
+    async def test(queue: RequestQueue) -> None:
         made: list[int] = []
         dropped: list[bool] = []
-        job = line.submit(chunks(100, made), Work())
+        job = queue.submit(chunks(100, made), Work())
         job.on_dropped = lambda: dropped.append(True)
         assert await anext(job) == bytes(1024)
-        await reaches(lambda: line.idle)
+        await reaches(lambda: queue.idle)
         assert dropped == [True]
         with pytest.raises(SlowReader) as slow:  # what it has not read is gone
             await anext(job)
         assert slow.value.stage == "streaming"
         assert slow.value.reason == "slow_reader"
         assert len(made) < 10
-        assert await collected(line.submit(lambda: "next", Work())) == ["next"]
+        assert await collected(queue.submit(lambda: "next", Work())) == ["next"]
 
     in_line(test)
 
@@ -301,8 +301,8 @@ def test_a_reader_above_the_floor_may_let_the_device_wait(monkeypatch: pytest.Mo
     monkeypatch.setattr(jobs, "FLOOR_SECONDS", 0.2)
     size = 2**20
 
-    async def test(line: Line) -> None:
-        job = line.submit(lambda: iter([bytes(size)] * 3), Work())
+    async def test(queue: RequestQueue) -> None:
+        job = queue.submit(lambda: iter([bytes(size)] * 3), Work())
         assert len(await anext(job)) == size
         while job.waited < 1:  # several times as long as is measured
             await asyncio.sleep(0.01)
@@ -317,7 +317,7 @@ def test_what_a_model_raises_comes_without_its_frames() -> None:
     class Tensor:
         """Stands for memory that a frame would keep alive."""
 
-    async def test(line: Line) -> None:
+    async def test(queue: RequestQueue) -> None:
         kept: list[weakref.ref[Tensor]] = []
 
         def fails() -> None:
@@ -326,12 +326,12 @@ def test_what_a_model_raises_comes_without_its_frames() -> None:
             raise ValueError("secret")
 
         with pytest.raises(ModelFailed) as failed:
-            await anext(line.submit(fails, Work()))
+            await anext(queue.submit(fails, Work()))
         assert failed.value.kind == "ValueError"
         assert "secret" in failed.value.trace
         assert "fails" in failed.value.trace
         assert str(failed.value) == "ValueError"
-        await collected(line.submit(lambda: None, Work()))
+        await collected(queue.submit(lambda: None, Work()))
         gc.collect()
         assert kept[0]() is None
 
@@ -339,23 +339,23 @@ def test_what_a_model_raises_comes_without_its_frames() -> None:
 
 
 def test_a_refusal_by_the_model_keeps_its_message() -> None:
-    async def test(line: Line) -> None:
+    async def test(queue: RequestQueue) -> None:
         def refuses() -> None:
             raise InvalidRequest("too loud")
 
         with pytest.raises(InvalidRequest, match="too loud"):
-            await anext(line.submit(refuses, Work()))
+            await anext(queue.submit(refuses, Work()))
 
     in_line(test)
 
 
 def test_items_made_before_a_failure_arrive_before_it() -> None:
-    async def test(line: Line) -> None:
+    async def test(queue: RequestQueue) -> None:
         def two() -> Iterator[int]:
             yield 1
             raise RuntimeError
 
-        job = line.submit(two, Work())
+        job = queue.submit(two, Work())
         assert await anext(job) == 1
         with pytest.raises(ModelFailed):
             await anext(job)
@@ -364,25 +364,25 @@ def test_items_made_before_a_failure_arrive_before_it() -> None:
 
 
 def test_a_lost_device_answers_its_request_and_runs_no_other() -> None:
-    async def test(line: Line) -> None:
+    async def test(queue: RequestQueue) -> None:
         lost: list[bool] = []
         ran: list[str] = []
-        line.on_sticky = lambda: lost.append(True)
+        queue.on_sticky = lambda: lost.append(True)
         gate = Gate()
 
         def sticky() -> None:
             gate()
             raise RuntimeError("CUDA error: device-side assert triggered")
 
-        first = line.submit(sticky, Work())
-        second = line.submit(lambda: ran.append("second"), Work())
+        first = queue.submit(sticky, Work())
+        second = queue.submit(lambda: ran.append("second"), Work())
         gate.opened.set()
         with pytest.raises(ModelFailed) as failed:
             await anext(first)
         assert failed.value.sticky
         assert lost == [True]
-        with pytest.raises(Closed):
-            line.submit(lambda: None, Work())
+        with pytest.raises(QueueClosed):
+            queue.submit(lambda: None, Work())
         second.leave()
         assert ran == []
 

@@ -257,7 +257,7 @@ def test_a_gpu_is_measured() -> None:
 
 def test_joining_keeps_every_frame() -> None:
     parts = [s.decoded for s in spoken_of(frames=6)]
-    whole = fidelity.joined(parts)
-    assert isinstance(whole, Decoded)
-    assert torch.equal(whole.codes[6:], parts[1].codes)
-    assert torch.equal(whole.scores[:6], parts[0].scores)
+    complete = fidelity.joined(parts)
+    assert isinstance(complete, Decoded)
+    assert torch.equal(complete.codes[6:], parts[1].codes)
+    assert torch.equal(complete.scores[:6], parts[0].scores)

@@ -75,10 +75,10 @@ def test_audio_leaves_before_the_last_frame_is_decoded(voice: Voice) -> None:
 
 def test_chunks_are_the_whole_cut_up(voice: Voice) -> None:
     """Waiting between chunks, and other callers' sentences before, change no sample."""
-    whole = samples(voice, SENTENCE)
+    complete = samples(voice, SENTENCE)
     samples(voice, "Something else.", seed=7, temperature=0.9)
     streamed = [chunk.copy() for chunk in voice.speak(request(SENTENCE))]
-    assert np.array_equal(np.concatenate(streamed), whole)
+    assert np.array_equal(np.concatenate(streamed), complete)
 
 
 def test_seams_between_chunks_cannot_be_heard(voice: Voice) -> None:
@@ -89,9 +89,9 @@ def test_seams_between_chunks_cannot_be_heard(voice: Voice) -> None:
         known = codes
     frames = len(known)
     noise = np.random.default_rng(5).standard_normal(frames * FRAME, dtype=np.float32)
-    whole = voice._chunk(known.numpy(), noise, 0, frames)
+    complete = voice._chunk(known.numpy(), noise, 0, frames)
     cut = np.concatenate(list(voice.samples(iter([known]), frames, 5, Work())))
-    wrong = np.sqrt(np.mean((whole - cut) ** 2)) / np.sqrt(np.mean(whole**2))
+    wrong = np.sqrt(np.mean((complete - cut) ** 2)) / np.sqrt(np.mean(complete**2))
     assert wrong < 0.03, f"{wrong:.4f} of the speech's amplitude"
 
 
@@ -208,11 +208,11 @@ def test_a_request_that_was_left_before_it_began(voice: Voice) -> None:
 
 
 def test_a_stream_that_is_closed_leaves_the_voice_whole(voice: Voice) -> None:
-    whole = samples(voice)
+    complete = samples(voice)
     chunks = voice.speak(request(SENTENCE))
     next(chunks)
     chunks.close()  # type: ignore[attr-defined]
-    assert np.array_equal(samples(voice), whole)
+    assert np.array_equal(samples(voice), complete)
 
 
 def test_the_time_is_told_by_stage(voice: Voice) -> None:

@@ -154,8 +154,10 @@ def test_long_text_is_split_and_nothing_of_it_is_lost() -> None:
     text = "the quick brown fox jumps over the lazy dog " * 228
     found = sentences(text[:10_000], nothing)
     assert len(found) > 40
-    whole = [p.rstrip("1") for word in text[:10_000].split() for p in word_phones(word, by_letter)]
-    assert [phone for sentence in found for phone in spoken(sentence)] == whole
+    complete = [
+        p.rstrip("1") for word in text[:10_000].split() for p in word_phones(word, by_letter)
+    ]
+    assert [phone for sentence in found for phone in spoken(sentence)] == complete
 
 
 @pytest.mark.parametrize("longest", [20, 45, 90, LONGEST_SENTENCE])

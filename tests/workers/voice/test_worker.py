@@ -100,8 +100,8 @@ def test_two_workers_speak_alike(
 def test_streamed_samples_are_those_of_the_whole(worker: WorkerProcess) -> None:
     streamed = speak(worker, SENTENCE, response_format="wav", seed=7)
     assert "content-length" not in streamed.headers
-    whole = speak(worker, SENTENCE, response_format="wav", seed=7, stream=False)
-    assert whole.content[44:] == streamed.content[44:]
+    complete = speak(worker, SENTENCE, response_format="wav", seed=7, stream=False)
+    assert complete.content[44:] == streamed.content[44:]
 
 
 @shipped
@@ -109,8 +109,8 @@ def test_the_first_example_of_a_client_library_is_spoken(worker: WorkerProcess) 
     answer = speak(worker, SENTENCE, model="tts-1", voice="alloy", response_format="pcm")
     assert answer.status_code == 200
     assert answer.headers["x-sample-rate"] == "24000"
-    whole = speak(worker, SENTENCE, response_format="wav", stream=False)
-    seconds = float(whole.headers["x-audio-seconds"])
+    complete = speak(worker, SENTENCE, response_format="wav", stream=False)
+    seconds = float(complete.headers["x-audio-seconds"])
     assert len(answer.content) / 2 / 24000 == pytest.approx(seconds, abs=0.001)
 
 
