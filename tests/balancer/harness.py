@@ -18,9 +18,10 @@ import httpx
 
 from balancer import nginx
 from balancer.configuration import BalancerConfig, Upstream, open_file_limit, write
+from tests.repository import REPOSITORY
 from tests.waiting import free_port, listens, until
 
-STANDIN = Path(__file__).parent / "standin.py"
+STANDIN = REPOSITORY / "tests" / "standin.py"
 
 
 @dataclass

@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 
 from loadtest import own_farm
+from tests.repository import REPOSITORY
 
-ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 90.0
 """Seconds that anything may take on a busy machine before a test gives up."""
 
 
 def locust_command(*words: object) -> list[str]:
-    file = str(ROOT / "loadtest" / "locustfile.py")
+    file = str(REPOSITORY / "loadtest" / "locustfile.py")
     return [sys.executable, "-P", "-m", "locust", "-f", file, *map(str, words)]
 
 

@@ -12,9 +12,10 @@ import pytest
 
 from loadtest.dispatch_bench import added, main, percentile, share
 from loadtest.keepalive_client import Sample
+from tests.repository import REPOSITORY
 from tests.waiting import free_port, listens, until
 
-STANDIN = Path(__file__).parent / "standin.py"
+STANDIN = REPOSITORY / "tests" / "standin.py"
 
 
 def sample(start: float, latency: float, inference: float | None = None) -> Sample:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from loadtest import farm, report, samples, stepped, texts
-from tests.loadtest.harness import PATIENCE, ROOT, StandIn, calls_of, fake_gpufarm
+from tests.loadtest.harness import PATIENCE, StandIn, calls_of, fake_gpufarm
 from tests.waiting import free_port
 from tests.workers.harness import WorkerProcess
 
@@ -20,7 +20,7 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", "-m", "loadtest.stepped"]
     return subprocess.run(
         [*command, "--results", str(folder), *words],
-        cwd=ROOT,
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -52,7 +52,7 @@ def test_a_stepped_run_and_its_report(tmp_path: Path) -> None:
 
     again = subprocess.run(
         [sys.executable, "-W", "error", "-m", "loadtest.report", str(folder)],
-        cwd=ROOT,
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         timeout=PATIENCE,

@@ -16,7 +16,8 @@ from typing import Any, Self
 
 import httpx
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.repository import REPOSITORY
+
 PATIENCE = 90.0
 """Seconds that anything may take on a busy machine before a test gives up."""
 
@@ -49,7 +50,7 @@ class WorkerProcess:
     ) -> None:
         document = {
             "model": {"target": target, "args": args or {}, "name": "test", **(model or {})},
-            "path": [str(ROOT)],
+            "path": [str(REPOSITORY)],
             **(spec or {}),
         }
         file = folder / f"spec-{time.monotonic_ns()}.json"
@@ -61,7 +62,7 @@ class WorkerProcess:
         self.process = subprocess.Popen(
             command,
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), **(environment or {})},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.workers.harness import PATIENCE, ROOT, WorkerProcess, eventually
+from tests.workers.harness import PATIENCE, WorkerProcess, eventually
 
 FAULTY = "tests.workers.models.faulty_start"
 
@@ -307,6 +307,6 @@ def test_workers_import_neither_torch_nor_onnxruntime() -> None:
         " 'fastapi', 'pydantic') if m in sys.modules]))"
     )
     output = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True
+        [sys.executable, "-c", script], cwd=REPOSITORY, check=True, capture_output=True, text=True
     )
     assert json.loads(output.stdout) == []

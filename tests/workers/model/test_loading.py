@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.workers.harness import ROOT, WorkerProcess, eventually
+from tests.workers.harness import WorkerProcess, eventually
 from workers.errors import LoadError
 from workers.model.loader import LoadedModel, load
 from workers.model.spec import Spec
@@ -132,7 +132,7 @@ def test_a_name_that_clashes_with_gpufarms_own(tmp_path: Path, package: str, sha
         file, target = tmp_path / f"{package}.py", f"{package}:Mine"
     file.parent.mkdir(exist_ok=True)
     file.write_text(MODEL)
-    worker = WorkerProcess(tmp_path, target, spec={"path": [str(tmp_path), str(ROOT)]})
+    worker = WorkerProcess(tmp_path, target, spec={"path": [str(tmp_path), str(REPOSITORY)]})
     try:
         if shape == "module" and package != "workers":
             eventually(lambda: "ready url=" in worker.log, "a worker, which has no other use of it")
@@ -150,7 +150,7 @@ def test_a_module_that_gpufarms_own_package_lacks_is_merely_missing(
     executor: ThreadPoolExecutor,
 ) -> None:
     with pytest.raises(LoadError, match=r"there is no module workers\.nothing"):
-        load(Spec(target="workers.nothing:Mine", path=(ROOT,)), "cpu", executor)
+        load(Spec(target="workers.nothing:Mine", path=(REPOSITORY,)), "cpu", executor)
 
 
 def test_a_missing_folder_is_named(executor: ThreadPoolExecutor, tmp_path: Path) -> None:

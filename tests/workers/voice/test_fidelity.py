@@ -18,7 +18,6 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from tests.workers.harness import ROOT
 from tests.workers.voice.tiny_voice import one_thread, tiny_conditions, tiny_model
 from workers.models.voice import fidelity
 from workers.models.voice.fidelity import SAME, Row, Spoken, codec_in_torch
@@ -41,7 +40,7 @@ def narrow() -> Iterator[None]:
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "workers.models.voice.fidelity", *arguments],
-        cwd=ROOT,
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         check=False,

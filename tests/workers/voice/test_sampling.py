@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.workers.harness import ROOT
 from workers.models.voice.sampling import COLDEST, REMEMBERED, choose, draw_noise, penalise
 
 SIZE = 64
@@ -32,7 +31,7 @@ def test_noise_is_the_same_for_a_seed_in_every_process() -> None:
         "print(draw_noise(5, (3, 7, 16)).numpy().tobytes().hex())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == draw_noise(5, (3, 7, 16)).numpy().tobytes().hex()
 
