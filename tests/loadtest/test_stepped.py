@@ -12,6 +12,7 @@ from rich.console import Console
 
 from loadtest import farm, report, samples, stepped, texts
 from tests.loadtest.harness import PATIENCE, StandIn, calls_of, fake_gpufarm
+from tests.repository import REPOSITORY
 from tests.waiting import free_port
 from tests.workers.harness import WorkerProcess
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.repository import REPOSITORY
 from tests.workers.harness import PATIENCE, WorkerProcess, eventually
 
 FAULTY = "tests.workers.models.faulty_start"

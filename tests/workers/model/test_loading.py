@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.repository import REPOSITORY
 from tests.workers.harness import WorkerProcess, eventually
 from workers.errors import LoadError
 from workers.model.loader import LoadedModel, load

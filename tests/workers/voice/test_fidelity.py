@@ -18,6 +18,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from tests.repository import REPOSITORY
 from tests.workers.voice.tiny_voice import one_thread, tiny_conditions, tiny_model
 from workers.models.voice import fidelity
 from workers.models.voice.fidelity import SAME, Row, Spoken, codec_in_torch

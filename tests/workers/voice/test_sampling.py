@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.repository import REPOSITORY
 from workers.models.voice.sampling import COLDEST, REMEMBERED, choose, draw_noise, penalise
 
 SIZE = 64
