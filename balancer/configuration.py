@@ -199,8 +199,14 @@ def open_file_limit() -> int:
     return 16384 if hard == resource.RLIM_INFINITY else min(hard, 16384)
 
 
-def write(config: BalancerConfig, check: Callable[[str], None] = lambda name: None) -> bool:
-    """Write nginx.conf and the folders below the prefix. Returns whether the file changed.
+def write(
+    config: BalancerConfig,
+    check: Callable[[str], None] = lambda name: None,
+    *,
+    check_only: bool = False,
+) -> bool:
+    """Write nginx.conf and the folders below the prefix. Returns whether the file changed, or, with
+    ``check_only``, would change.
 
     The file is replaced in one step: a running nginx reads the old or the new one. Before that
     ``check`` is given the new one's name in the prefix: what it refuses by raising is removed
@@ -215,7 +221,7 @@ def write(config: BalancerConfig, check: Callable[[str], None] = lambda name: No
         fresh.write_text(text)
         check(fresh.name)
         changed = not path.exists() or path.read_text() != text
-        if changed:
+        if changed and not check_only:
             fresh.replace(path)
         return changed
     finally:

@@ -14,9 +14,6 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn, Protocol, TypeGuard
 
-from typer import Abort
-
-from launcher.cli.app import app
 from launcher.cli.exit_codes import (
     BAD_CONFIGURATION,
     DOES_NOT_FIT,
@@ -49,7 +46,7 @@ def _exit_code(error: Exception) -> int | None:
     from launcher.supervision.supervisord import SupervisorError
 
     if isinstance(error, RefusedError):
-        if error.status >= 500:
+        if error.status >= 500 or error.status == 412:
             return FAILED
         return DOES_NOT_FIT if error.status == 409 else BAD_CONFIGURATION
     codes: tuple[tuple[type[Exception], int], ...] = (
@@ -73,13 +70,17 @@ def main() -> None:
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _leave)
     try:
+        from launcher.cli.app import app
+
         sys.exit(app(standalone_mode=False) or DONE)
-    except (KeyboardInterrupt, Abort):
+    except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(DONE)
     except Exception as error:
+        if type(error).__name__ == "Abort":  # Typer's own, for an interrupt at a prompt
+            sys.exit(INTERRUPTED)
         if is_usage_error(error):
             error.show()
             _print_json(error.format_message(), error.exit_code, error)

@@ -55,7 +55,9 @@ def settings_of(config: Path | None, **overrides: Any) -> Settings:
 def state_of(config: Path | None, state_dir: Path | None) -> StateDir:
     from launcher.config.state import StateDir
 
-    return StateDir(settings_of(config, state_dir=state_dir).state_dir)
+    if state_dir is not None:  # a farm can be asked and ended whatever its file says by now
+        return StateDir(state_dir)
+    return StateDir(settings_of(config).state_dir)
 
 
 def running(config: Path | None, state_dir: Path | None) -> tuple[Farm, Client]:

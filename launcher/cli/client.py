@@ -56,9 +56,11 @@ class Client:
     def restart(self, id_: str | None) -> dict[str, Any]:
         return self._ask("POST", f"/workers/{id_}/restart" if id_ else "/restart")
 
-    def roll_out(self, generation: int, follow: bool) -> dict[str, Any]:
-        """Take up a generation; ``follow``: its count supersedes an earlier `scale`."""
-        return self._ask("POST", "/rollout", {"generation": generation, "follow": follow})
+    def roll_out(self, generation: int, base: int, follow: bool) -> dict[str, Any]:
+        """Take up a generation made for the current one ``base``; ``follow``: its count supersedes
+        an earlier `scale`."""
+        body = {"generation": generation, "base": base, "follow": follow}
+        return self._ask("POST", "/rollout", body)
 
     def _ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         connection = UnixConnection(self._path, TIMEOUT)

@@ -160,6 +160,7 @@ class Up:
             if time.monotonic() > deadline:
                 raise UpError(f"supervisord does not answer; see {log}")
             time.sleep(POLL / 4)
+        control.hold(farm.ports)
 
     def _refresh(self, running: Farm) -> Farm:
         """Have a running farm take this configuration, without a gap where that is possible.
@@ -170,7 +171,7 @@ class Up:
         self._check_identity(old)
         if (old.host, old.port) != (new.host, new.port):
             check_port(new, old)
-        if new.port in self.state.ports():
+        if new.port in running.ports:
             raise ConfigError(
                 f"port = {new.port} is kept for this farm's workers; choose another with --port"
             )
@@ -193,10 +194,12 @@ class Up:
             farm = replace(running, candidate=generation, ports=block)
             farms.save_generation(self.state, generation)
             self.state.record_ports(block)
-        self.apply(farm)
+        farms.render(farm, check_only=True)
         follow = _count(old) != _count(new)
-        number = farm.generations[-1].number
-        view = retried(lambda: Client(farm).roll_out(number, follow))
+        number, base = farm.generations[-1].number, farm.current.number
+        # The controller first: it refuses where another command has changed the farm meanwhile.
+        view = retried(lambda: Client(farm).roll_out(number, base, follow))
+        self.apply(farm)
         self._say_count(view, plan.count)
         return farm
 
@@ -228,6 +231,7 @@ class Up:
         if changes.supervisor:
             control = Supervisor(farm.socket)
             control.update()
+            control.hold(farm.ports)
             control.restart("controller")
             self.say("the supervisor has taken over its new file")
         if changes.balancer and nginx_reload.reload(self.state.path):
@@ -274,6 +278,8 @@ class Up:
         while time.monotonic() < deadline:
             if self.child is not None and self.child.poll() is not None:
                 raise UpError(f"supervisord ended; see {self.state.logs}")
+            if self.child is None and not answers(farm) and self.state.farm_file.exists():
+                raise UpError("the farm's supervisor has ended; `gpufarm up` brings it back")
             try:
                 view = client.workers()
             except AwayError as error:
@@ -286,7 +292,7 @@ class Up:
             away_since = time.monotonic()
             reporter.report(view)
             if view["settled"]:
-                return judged(view)
+                return judged(view, farm.generations[-1].number)
             time.sleep(POLL)
         raise UpError("the workers are not ready in time; see `gpufarm ps` and `gpufarm logs`")
 
@@ -342,8 +348,9 @@ class Reporter:
         }
 
 
-def judged(view: dict[str, Any]) -> dict[str, Any]:
-    """A settled farm's view. Raises UpError where a worker or a rollout was given up."""
+def judged(view: dict[str, Any], number: int) -> dict[str, Any]:
+    """A settled farm's view. Raises UpError where a worker or a rollout was given up, or where
+    another generation than ``number`` is current."""
     failed: dict[str, list[str]] = {}
     for worker in view["workers"]:
         if worker["gave_up"] and worker["wanted"] and worker["error"]:
@@ -355,6 +362,8 @@ def judged(view: dict[str, Any]) -> dict[str, Any]:
         raise UpError(f"{failure}; the configuration of before stays in force")
     if view["restart"]["error"]:
         raise UpError(view["restart"]["error"])
+    if view["generation"]["current"] != number:
+        raise UpError("another command has put another configuration in force meanwhile")
     return view
 
 

@@ -47,7 +47,8 @@ class StateDir:
     """A farm's directory. Building one touches nothing; ``create`` does."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.expanduser().absolute()
+        self.path = path.expanduser().absolute().resolve()
+        """One farm, whichever links lead to it."""
 
     @property
     def logs(self) -> Path:

@@ -123,9 +123,15 @@ class Admin:
         return JSONResponse(view(self._controller))
 
     async def roll_out(self, request: Request) -> Response:
-        """``{"generation": N, "follow": bool}``, as `up` has written it."""
-        body = await request.json()
-        await self._controller.roll_out(int(body["generation"]), bool(body["follow"]))
+        """``{"generation": N, "base": N, "follow": bool}``, as `up` has written it."""
+        try:
+            body = await request.json()
+            number, base, follow = int(body["generation"]), int(body["base"]), bool(body["follow"])
+        except (ValueError, KeyError, TypeError):
+            return failure(
+                'the body must be {"generation": N, "base": N, "follow": bool}', 400, "bad_body"
+            )
+        await self._controller.roll_out(number, base, follow)
         return JSONResponse(view(self._controller))
 
     async def plan(self, request: Request) -> Response:
@@ -271,7 +277,9 @@ class AdminServer(uvicorn.Server):
             guard.cancel()
 
     async def _end_without_socket(self) -> None:
-        while self._path.exists():  # noqa: ASYNC110 - a file cannot be waited for
+        parent = os.getppid()
+        # Without supervisord there is nothing left to control, and the workers serve on.
+        while self._path.exists() and os.getppid() == parent:  # noqa: ASYNC110
             await asyncio.sleep(SOCKET_CHECK_SECONDS)
         self.should_exit = True
 

@@ -20,7 +20,6 @@ from launcher.planning.sampling import tree_pss
 from launcher.supervision import leftovers as orphans
 from launcher.supervision.exit_reason import words_since
 from launcher.supervision.farm import Farm, Generation
-from launcher.supervision.ports import HeldPorts
 from launcher.supervision.supervisord import GRACE_AFTER_REQUEST, LOGS, ProcessInfo, Supervisor
 
 PROBE_SECONDS = 2.0
@@ -41,7 +40,6 @@ class Observer:
 
     def __init__(self, farm: Farm, supervisor: Supervisor) -> None:
         self.farm = farm
-        self.held = HeldPorts()
         self._supervisor = supervisor
         self._clear: set[str] = set()
         """Empty slots known to be free of what was there before."""
@@ -56,27 +54,34 @@ class Observer:
         ``starts``: the slots that are to have a worker, and how it would be started. ``external``:
         those whose running worker is a server that the user brought.
         """
-        infos = self._supervisor.processes()
-        return {
-            id_: self._slot(id_, info, memory, starts.get(id_), id_ in external)
-            for id_, info in infos.items()
+        infos = {
+            id_: info
+            for id_, info in self._supervisor.processes().items()
             if id_[:1] == "w" and id_[1:].isdecimal()
+        }
+        shareable = [id_ for id_, info in infos.items() if not (info.alive and id_ in external)]
+        taken = self._supervisor.hold([self.farm.port_of(id_) for id_ in shareable])
+        return {
+            id_: self._slot(id_, info, memory, starts.get(id_), taken)
+            for id_, info in infos.items()
         }
 
     def _slot(
-        self, id_: str, info: ProcessInfo, memory: Memory, start: Start | None, external: bool
+        self,
+        id_: str,
+        info: ProcessInfo,
+        memory: Memory,
+        start: Start | None,
+        taken: Collection[int],
     ) -> Observation:
         port = self.farm.port_of(id_)
         if info.alive:
             self._clear.discard(id_)
             self._gone_since.pop(id_, None)
             self._last_pid[id_] = info.pid
-            if not external:
-                self.held.hold(port)
             return Observation(
                 alive=True, stopping=info.stopping, pid=info.pid, started=info.started
             )
-        is_ours = self.held.hold(port)
         record = memory.of(id_)
         may_start = start is not None and record.state == "stopped"
         clear, no_room = True, ""
@@ -90,7 +95,7 @@ class Observer:
             started=info.started,
             exit_code=info.exit_code if info.started else None,
             clear=clear,
-            taken_by="" if is_ours or not may_start else listener_of(port),
+            taken_by=listener_of(port) if port in taken else "",
             no_room=no_room,
             exit_reason=words_since(log, info.started) if record.alive else "",
         )

@@ -41,21 +41,19 @@ def begin(memory: Memory, ids: Sequence[str]) -> Memory:
     return replace(memory, rollout=rollout)
 
 
-def begin_candidate(memory: Memory, candidate: Goal) -> Memory:
-    """Put every worker that is not what the candidate says on the list; forget an older rollout."""
-    memory = replace(memory, rollout=Rollout())
-    return replace(memory, rollout=Rollout(pending=_outdated(candidate, memory)))
+def _outdated(goal: Goal, memory: Memory, *, unknown: bool) -> tuple[tuple[str, int], ...]:
+    """Return the slots whose worker is not what the goal says, and that are not on the list yet.
 
-
-def _outdated(candidate: Goal, memory: Memory) -> tuple[tuple[str, int], ...]:
-    """Return the slots of the candidate whose worker is another one's and not on the list yet."""
+    ``unknown``: also workers of which it is not known what they were started with.
+    """
     listed = {*memory.rollout.moving, *(id_ for id_, _ in memory.rollout.pending)}
     return tuple(
-        (id_, memory.of(id_).pid)
-        for id_ in candidate.wanted
+        (id_, record.pid)
+        for id_ in goal.wanted
         if id_ not in listed
-        and memory.of(id_).alive
-        and memory.of(id_).spec != candidate.target(id_).spec
+        and (record := memory.of(id_)).alive
+        and record.spec != goal.target(id_).spec
+        and (record.spec or unknown)
     )
 
 
@@ -92,7 +90,7 @@ def step(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> S
 def _advanced(goal: Goal, candidate: Goal | None, memory: Memory, now: float) -> Rollout:
     """Drop slots that are no longer wanted and those whose successor is ready; list those that
     became outdated since, or of which the list was lost."""
-    pending = list(_outdated(candidate, memory)) if candidate else []
+    pending = list(_outdated(goal, memory, unknown=candidate is not None))
     for id_, pid in memory.rollout.pending:
         record = memory.of(id_)
         if id_ not in goal.wanted:
@@ -241,7 +239,8 @@ def _replace_next(current: Goal, candidate: Goal | None, memory: Memory, now: fl
         if candidate is not None and tried and not _is_proven(id_, candidate, memory):
             return Step(memory)
         return Step(_moving(memory, id_))
-    loading_in_vain = record.state == "starting" and not record.proven and candidate is not None
+    outdated = candidate is not None or record.spec not in ("", current.target(id_).spec)
+    loading_in_vain = record.state == "starting" and not record.proven and outdated
     calm = all(other.state == "ready" or _is_stuck(other, now) for other in others)
     covered = not others or any(other.state == "ready" for other in others)
     is_it = record.pid == pid and record.state in ("ready", "starting")

@@ -16,7 +16,7 @@ from dataclasses import replace
 from launcher.config.sources import ConfigError
 from launcher.config.state import StateError
 from launcher.controller import logs, rollout
-from launcher.controller.model import Action, Desired, Goal, Memory, Observation, Target
+from launcher.controller.model import Action, Desired, Goal, Memory, Observation, Rollout, Target
 from launcher.controller.observe import Observer, Start, refusal_for
 from launcher.controller.reconcile import decide, settled
 from launcher.controller.store import Store
@@ -174,8 +174,18 @@ class Controller:
                 await asyncio.to_thread(self._act, action)
             self._watch()
             await self._reserve()
+            self._look_for_strangers()
             if unwritten is not None:
                 raise unwritten
+
+    def _look_for_strangers(self) -> None:
+        """Raises SupervisorError where something else has a slot's port: nginx lists it."""
+        for id_, seen in sorted(self.observed.items()):
+            if seen.taken_by and not seen.alive:
+                raise SupervisorError(
+                    f"the port of {id_} is taken by {seen.taken_by}, which may be sent requests: "
+                    f"end it, or `gpufarm down` and `up` for other ports"
+                )
 
     async def _reserve(self) -> None:
         """Let other farms know what workers that are still to load will take of the devices."""
@@ -259,7 +269,7 @@ class Controller:
         slot = next(slot for slot in generation.plan.slots if slot.id == id_)
         farms.write_launch(self.farm, generation, slot)
         if generation.is_external:  # it does not set SO_REUSEPORT
-            self._observer.held.release(self.farm.port_of(id_))
+            self._supervisor.release(self.farm.port_of(id_))
         self._supervisor.start(id_)
 
     def _log_changes(self, before: Memory) -> None:
@@ -332,9 +342,9 @@ class Controller:
                 )
             await self._check_room(count)
         async with self._lock:
-            self.memory = self.memory.reset(tuple(self.current.by_id))
             used = None if count is None else count + len(drained)
-            await self._desire(replace(self.desired, count=used))
+            memory = self.memory.reset(tuple(self.current.by_id))
+            await self._desire(replace(self.desired, count=used), memory)
         return plan.warnings_for(len(self.wanted))
 
     async def _check_room(self, count: int) -> None:
@@ -355,10 +365,9 @@ class Controller:
             if id_ in self.desired.drained:
                 return
             if id_ not in self.wanted:
-                raise RefusedError(f"{id_} has no worker to drain; workers: {self._named()}")
-            self.memory = self.memory.reset((id_,))
+                raise RefusedError(f"{id_} has no worker to drain; workers: {self._named()}", 404)
             drained = self.desired.drained | {id_}
-            await self._desire(replace(self.desired, drained=drained))
+            await self._desire(replace(self.desired, drained=drained), self.memory.reset((id_,)))
 
     async def restart(self, ids: tuple[str, ...] = ()) -> None:
         """Replace workers in turn, all of them where none is named; refill drained slots."""
@@ -367,39 +376,57 @@ class Controller:
             if id_ not in (*self.wanted, *self.desired.drained):
                 raise RefusedError(
                     f"{id_} has no worker to restart; workers: {self._named()}. `gpufarm scale` "
-                    f"adds workers"
+                    f"adds workers",
+                    404,
                 )
         async with self._lock:
             desired = replace(self.desired, drained=self.desired.drained - set(ids))
             goal = Goal.of(self.current.targets, self.farm.plan.count, desired)
             chosen = ids or goal.wanted
-            self.memory = rollout.begin(self.memory.reset(chosen), chosen)
-            await self._desire(desired)
+            if not chosen:
+                raise RefusedError(
+                    "no worker to restart: none is wanted; `gpufarm scale 1` starts one, "
+                    "`gpufarm restart w1` refills a drained slot",
+                    404,
+                )
+            await self._desire(desired, rollout.begin(self.memory.reset(chosen), chosen))
 
-    async def roll_out(self, number: int, follow: bool) -> None:
-        """Take up a generation that `up` has written. ``follow``: the count that the user had
-        scaled to is superseded by the configuration's."""
-        farm = self.farm
-        if number == farm.current.number:
-            fresh = replace(farm, candidate=None, failure="")
-        else:
-            generation = await asyncio.to_thread(farms.load_generation, farm.state, number)
-            if generation is None:
-                raise RefusedError(f"generation {number} is not on disk; run `gpufarm up`")
-            ports = await asyncio.to_thread(farm.state.ports)
-            fresh = replace(farm, candidate=generation, failure="", ports=ports)
+    async def roll_out(self, number: int, base: int, follow: bool) -> None:
+        """Take up a generation that `up` has written for the generation ``base``.
+
+        ``follow``: the count that the user had scaled to is superseded by the configuration's.
+        Raises RefusedError with status 412 where another one has become current meanwhile.
+        """
         async with self._lock:
+            farm = self.farm
+            if base != farm.current.number:
+                raise RefusedError(
+                    "another command has changed the farm meanwhile; run `gpufarm up` again", 412
+                )
+            fresh = replace(farm, candidate=None, failure="")
+            if number != farm.current.number:
+                generation = await asyncio.to_thread(farms.load_generation, farm.state, number)
+                if generation is None:
+                    raise RefusedError(f"generation {number} is not on disk; run `gpufarm up`", 412)
+                ports = tuple(slot.port for slot in generation.plan.slots)
+                recorded = await asyncio.to_thread(farm.state.ports)
+                longest = max(farm.ports, recorded, ports, key=len)
+                fresh = replace(fresh, candidate=generation, ports=longest)
+            ids = {slot.id for generation in fresh.generations for slot in generation.plan.slots}
+            memory = replace(self.memory.reset(tuple(sorted(ids))), rollout=Rollout())
+            count = None if follow else self.desired.count
             try:
                 await asyncio.to_thread(farms.save, fresh)
             except (StateError, ConfigError) as error:
                 raise RefusedError(str(error), status=507) from None
             self.farm = self._observer.farm = fresh
-            ids = {slot.id for generation in fresh.generations for slot in generation.plan.slots}
-            self.memory = self.memory.reset(tuple(sorted(ids)))
-            if candidate := self.candidate:
-                self.memory = rollout.begin_candidate(self.memory, candidate)
-            count = None if follow else self.desired.count
-            await self._desire(Desired(count, self.desired.drained & ids))
+            try:
+                await self._desire(Desired(count, self.desired.drained & ids), memory)
+            except RefusedError:
+                self.farm = self._observer.farm = farm
+                with suppress(StateError, ConfigError):
+                    await asyncio.to_thread(farms.save, farm)
+                raise
 
     def _named(self) -> str:
         return ", ".join(self.wanted) or "none"
@@ -409,12 +436,13 @@ class Controller:
         if id_ not in ids:
             raise RefusedError(f"no worker {id_}; slots: {', '.join(ids)}", status=404)
 
-    async def _desire(self, desired: Desired) -> None:
-        """Raises RefusedError where it cannot be written down: then it is not desired either."""
-        before, self.desired = self.desired, desired
+    async def _desire(self, desired: Desired, memory: Memory) -> None:
+        """Raises RefusedError where it cannot be written down: then nothing has changed."""
+        before = self.desired, self.memory
+        self.desired, self.memory = desired, memory
         try:
             await self._remember()
         except (StateError, ConfigError) as error:
-            self.desired = before
+            self.desired, self.memory = before
             raise RefusedError(str(error), status=507) from None
         self.wake()

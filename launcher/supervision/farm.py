@@ -25,6 +25,9 @@ from launcher.supervision import worker_command as launch
 from launcher.supervision.supervisord import SupervisorConfig, python_module
 
 ADMIN_SOCKET = "admin.sock"
+LOST_CANDIDATE = (
+    "the configuration that was being rolled out cannot be read; run `gpufarm up` again"
+)
 
 
 @dataclass(frozen=True)
@@ -153,12 +156,14 @@ def load(state: StateDir) -> Farm | None:
         if current is None:
             return None
         number = record["candidate"]
+        candidate = load_generation(state, int(number)) if number is not None else None
+        lost = number is not None and candidate is None
         return Farm(
             state=state,
             current=current,
-            ports=state.ports(),
-            candidate=load_generation(state, int(number)) if number is not None else None,
-            failure=str(record["failure"]),
+            ports=tuple(map(int, record["ports"])),
+            candidate=candidate,
+            failure=LOST_CANDIDATE if lost else str(record["failure"]),
         )
     except (KeyError, TypeError, ValueError):
         return None
@@ -190,6 +195,7 @@ def save(farm: Farm) -> None:
             "current": farm.current.number,
             "candidate": farm.candidate.number if farm.candidate else None,
             "failure": farm.failure,
+            "ports": list(farm.ports),
         },
     )
     for path in farm.state.generations.glob("*.json"):
@@ -273,10 +279,11 @@ def supervisor_config(farm: Farm, program: Path) -> SupervisorConfig:
     )
 
 
-def render(farm: Farm) -> Changes:
+def render(farm: Farm, *, check_only: bool = False) -> Changes:
     """Write every file that the processes are started from, and let nginx check its own.
 
-    Raises BalancerError where nginx is missing or refuses.
+    ``check_only``: replace nothing that is in use. Raises BalancerError where nginx is missing or
+    refuses.
     """
     state = farm.state
     program = nginx.find()
@@ -286,5 +293,10 @@ def render(farm: Farm) -> Changes:
     changed_balancer = configuration.write(
         balancer_config(farm, version),
         lambda name: nginx.test(program, version, state.path, name),
+        check_only=check_only,
     )
-    return Changes(changed_balancer, _write_if_changed(state.path / supervisor.CONF, text))
+    file = state.path / supervisor.CONF
+    changed = not file.exists() or file.read_text(encoding="utf-8") != text
+    if changed and not check_only:
+        write_text(file, text)
+    return Changes(changed_balancer, changed)

@@ -53,12 +53,13 @@ def _lives(process: psutil.Process) -> bool:
 
 def supervisors_of(state: Path) -> list[psutil.Process]:
     """supervisord processes that run this state directory's file."""
-    conf = str(state / CONF)
+    conf, value = str(state / CONF), mark(state)
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
             line = process.cmdline()
-            if MODULE in line and conf in line and _lives(process):
+            ours = conf in line or process.environ().get(MARK) == value
+            if MODULE in line and ours and _lives(process):
                 found.append(process)
     return found
 

@@ -1,5 +1,7 @@
 """The XML-RPC methods that this project adds to supervisord's own (namespace ``farm``).
 
+supervisord lives as long as the farm, so it is what holds the slots' ports.
+
 supervisord can only replace a program by stopping it. Here its definition is replaced in place: a
 running process goes on, and its next start, stop or log rotation follows the new file.
 """
@@ -11,6 +13,8 @@ from typing import Any
 from supervisor.process import getProcessStateDescription
 from supervisor.xmlrpc import Faults, RPCError
 
+from launcher.supervision.ports import HeldPorts
+
 NAMESPACE = "farm"
 
 
@@ -19,6 +23,16 @@ class FarmInterface:
 
     def __init__(self, supervisord: Any) -> None:
         self._supervisord = supervisord
+        self._held = HeldPorts()
+
+    def hold(self, ports: list[int]) -> list[int]:
+        """Hold ports for as long as the farm runs; return those that something else has."""
+        return [port for port in ports if not self._held.hold(port)]
+
+    def release(self, port: int) -> bool:
+        """Let go of a port, for a server that cannot share it; `hold` takes it again."""
+        self._held.release(port)
+        return True
 
     def processes(self) -> list[dict[str, Any]]:
         """Return every process: name, state, pid, exit_code and started (Unix seconds)."""

@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import xmlrpc.client
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -191,6 +191,14 @@ class Supervisor:
         """Every process by its name: nginx, controller, w1, w2, …"""
         infos = self._fault_free(lambda _: self._proxy.farm.processes())
         return {info["name"]: ProcessInfo(**info) for info in infos}
+
+    def hold(self, ports: Sequence[int]) -> frozenset[int]:
+        """Have it hold the slots' ports; return those that something else has."""
+        return frozenset(self._fault_free(lambda _: self._proxy.farm.hold(list(ports))))
+
+    def release(self, port: int) -> None:
+        """Have it let go of a port just before a server starts that cannot share it."""
+        self._fault_free(lambda _: self._proxy.farm.release(port))
 
     def update(self) -> None:
         """Let it take over its file again without stopping anything."""

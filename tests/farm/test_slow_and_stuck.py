@@ -5,17 +5,21 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
 import psutil
+import pytest
 
 from tests.farm.harness import REPOSITORY, FarmUnderTest, new_farm
 from tests.waiting import until
 
 MODELS = """
 import time
+from pathlib import Path
 
 HERE = Path(__file__).parent
 
@@ -65,16 +69,21 @@ path = ["{REPOSITORY}"]
 """)
 
 
-def test_a_health_report_that_hangs_takes_no_request_with_it() -> None:
+def test_asking_for_health_does_not_hang_an_idle_farm() -> None:
+    """As many requests as there are workers, after a caller has asked for the health of all."""
     with new_farm() as farm:
         serve(farm, "Stuck", request_timeout=10)
         farm.run("up")
         (farm.folder / "stuck").touch()
+        for _ in range(3):
+            assert httpx.get(f"{farm.url}/health", timeout=10).status_code == 200
+        farm.run("ps")
+        answers = [httpx.post(f"{farm.url}/predict", json={}, timeout=30) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [200] * 3
+        (farm.folder / "stuck").unlink()
+        farm.wait_for(w1="ready", w2="ready", w3="ready")
         with farm.load("/predict", clients=3) as load:
-            for _ in range(3):
-                assert httpx.get(f"{farm.url}/health", timeout=10).status_code == 200
-                farm.run("ps")
-            (farm.folder / "stuck").unlink()
+            until(lambda: load.count >= 30, "requests are answered")
         load.check()
 
 
@@ -107,16 +116,27 @@ def slow_readers(farm: FarmUnderTest, count: int, body: bytes, rate: int) -> Ite
             thread.join(30)
 
 
-def test_slow_readers_hold_no_worker_whose_model_is_done() -> None:
+STREAMS = {
+    # More than 1,024 items and what sockets take, less than a bound of some MiB and they do.
+    "of many small items": (b'{"pieces": 12000, "size": 1000}', 10),
+    # More than all bounds and sockets take: the device waits, but not until the deadline.
+    "that never end": (b'{"pieces": 8000, "size": 16000}', 30),
+}
+
+
+@pytest.mark.parametrize(("body", "seconds"), STREAMS.values(), ids=STREAMS.keys())
+def test_slow_readers_of_streams_cost_others_no_request(body: bytes, seconds: int) -> None:
+    """Others give up long before the streams' own deadline."""
     with new_farm() as farm:
-        serve(farm, "Long", request_timeout=30)
+        serve(farm, "Long", request_timeout=60)
         farm.run("up")
-        body = b'{"pieces": 100, "size": 50000}'  # 5 MB in all, at 4 kB/s for each
-        with slow_readers(farm, 3, body, 4000) as received:
-            with farm.load("/predict", clients=4) as load:
-                until(lambda: load.count >= 140, "the others are answered")
-            load.check(at_least=140)
-            assert max(received) < 5_000_000, "they are still reading"
+
+        def ask(_: int) -> int:
+            head = {"X-Request-Timeout": str(seconds)}
+            return httpx.post(f"{farm.url}/predict", json={}, headers=head, timeout=90).status_code
+
+        with slow_readers(farm, 3, body, 4000), ThreadPoolExecutor(4) as pool:
+            assert Counter(pool.map(ask, range(40))) == {200: 40}
 
 
 def test_readers_that_hold_a_device_are_cut_off_and_their_memory_is_bounded() -> None:

@@ -143,3 +143,36 @@ def test_a_worker_of_this_user_shares_its_port_with_the_hold() -> None:
         with socket.socket() as plain, pytest.raises(OSError, match="in use"):
             plain.bind(("127.0.0.1", port))
         assert sys.platform == "linux"
+
+
+STOP_ALL_WORKERS = """
+import os, socket, sys
+os.setuid(int(sys.argv[1]))
+body = b'{"count": 0}'
+head = b"PUT /workers HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\n"
+head += b"Content-Type: application/json\\r\\nContent-Length: 12\\r\\n\\r\\n"
+with socket.socket() as caller:
+    caller.settimeout(20)
+    caller.connect(("127.0.0.1", int(sys.argv[2])))
+    caller.sendall(head + body)
+    answer = caller.recv(65536)
+sys.exit(0 if answer.split()[1] == b"200" else 1)
+"""
+
+
+def test_another_user_cannot_command_a_farm() -> None:
+    """No port that the farm listens on takes an order."""
+    with new_farm(workers="count = 1") as farm:
+        farm.run("up")
+        pids = farm.pids()
+        family = {process.pid for process in farm.processes()}
+        ports = {
+            connection.laddr[1]
+            for connection in psutil.net_connections("inet")
+            if connection.pid in family and connection.laddr
+            if connection.status == psutil.CONN_LISTEN
+        }
+        assert farm.port in ports
+        assert [port for port in ports if succeeds(STOP_ALL_WORKERS, str(port))] == []
+        assert farm.admin("GET", "/workers").json()["count"] == 1
+        assert farm.pids() == pids

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,7 @@ from launcher.supervision import leftovers as orphans
 from launcher.supervision import ports
 from launcher.supervision.exit_reason import last_line, words_since
 from launcher.supervision.farm import Farm
+from launcher.supervision.ports import HeldPorts
 from launcher.supervision.supervisord import MARK, ProcessInfo, Supervisor
 from launcher.supervision.supervisord import environment as supervisor_environment
 from tests.launcher.supervision.farm_records import farm_of
@@ -44,6 +45,10 @@ class FakeSupervisor:
     """supervisord, as far as it is looked at."""
 
     infos: dict[str, ProcessInfo] = field(default_factory=dict)
+    held: HeldPorts = field(default_factory=HeldPorts)
+
+    def hold(self, wanted: Sequence[int]) -> frozenset[int]:
+        return frozenset(port for port in wanted if not self.held.hold(port))
 
     def processes(self) -> dict[str, ProcessInfo]:
         return self.infos
@@ -119,13 +124,13 @@ def sight() -> Iterator[Callable[..., Surroundings]]:
         supervisor.set("w2", "STOPPED")
         observed = farm(tmp_path, device, **changes)
         observer = Observer(observed, cast(Supervisor, supervisor))
-        made.append(observer)
+        made.append((observed, supervisor))
         return Surroundings(observed, supervisor, observer)
 
     yield make
-    for observer in made:
-        for port in observer.farm.ports:
-            observer.held.release(port)
+    for observed, supervisor in made:
+        for port in observed.ports:
+            supervisor.held.release(port)
 
 
 Sight = Callable[..., Surroundings]
@@ -239,7 +244,7 @@ def test_the_port_of_an_external_server_is_left_to_it_while_it_runs(
     seen = sight(tmp_path, CPU, **changes)
     seen.look(w1="stopped")
     port = seen.farm.port_of("w1")
-    seen.observer.held.release(port)  # as the controller does before it starts one
+    seen.supervisor.held.release(port)  # as the controller does before it starts one
     seen.supervisor.set("w1", "RUNNING", pid=41)
     seen.look(w1="starting")
     assert ports.is_free(port) is external
@@ -318,8 +323,8 @@ def test_orphans_are_found_through_a_link_and_when_everything_else_has_vanished(
 def test_a_command_inside_of_a_farm_is_no_orphan_of_it(tmp_path: Path) -> None:
     """Neither itself nor what started it, which carry the mark as well."""
     code = (
-        "import sys; from pathlib import Path; from launcher.supervision import orphans\n"
-        "print([p.pid for p in orphans.marked(Path(sys.argv[1]))])"
+        "import sys; from pathlib import Path; from launcher.supervision import leftovers\n"
+        "print([p.pid for p in leftovers.marked(Path(sys.argv[1]))])"
     )
     done = subprocess.run(
         ["sh", "-c", '"$0" -c "$1" "$2"; exit', sys.executable, code, str(tmp_path)],

@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from launcher.controller import rollout
-from launcher.controller.model import Action, Desired, Goal, Memory, Observation, State, Target
+from launcher.controller.model import (
+    Action,
+    Desired,
+    Goal,
+    Memory,
+    Observation,
+    Rollout,
+    State,
+    Target,
+)
 from launcher.controller.reconcile import decide, settled
 
 LOAD_TIMEOUT = 60.0
@@ -149,7 +158,7 @@ class World:
         self.memory = self.memory.reset(tuple(sorted(ids)))
         self.desired = replace(self.desired, drained=self.desired.drained & ids)
         assert self.candidate_goal is not None
-        self.memory = rollout.begin_candidate(self.memory, self.candidate_goal)
+        self.memory = replace(self.memory, rollout=Rollout())
 
     def crash(self, id_: str, exit_code: int = -9) -> None:
         self.alive[id_].ends_at, self.alive[id_].exit_code = self.now, exit_code
