@@ -54,7 +54,7 @@ class BalancerConfig:
     """nginx's version, which decides what it understands: (1, 22, 1)."""
     body_limit: int = 64 * 2**20
     """Bytes of the largest request body."""
-    answer_file_limit: int = 64 * 2**20
+    response_file_limit: int = 64 * 2**20
     """Bytes of one answer that nginx holds in a file for a slow reader, so that its worker is free:
     35 minutes of 16 kHz speech. Where the disk is full such an answer is cut, which its reader sees
     by Content-Length or by the missing last chunk."""
@@ -80,7 +80,7 @@ class BalancerConfig:
 
 
 @dataclass(frozen=True)
-class ErrorAnswer:
+class ErrorResponse:
     """An answer that nginx makes itself, in the shape of OpenAI's errors."""
 
     status: int
@@ -100,40 +100,40 @@ class ErrorAnswer:
         return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def error_answers(config: BalancerConfig) -> dict[str, ErrorAnswer]:
+def error_responses(config: BalancerConfig) -> dict[str, ErrorResponse]:
     """The answers by the name of nginx's internal location."""
     invalid, server = "invalid_request_error", "server_error"
     limit = f"{config.body_limit / 2**20:g} MiB"
     answers = [
-        ErrorAnswer(
+        ErrorResponse(
             400,
             "The request is not valid HTTP: its line or a header is too long or holds characters "
             "that HTTP does not allow; percent-encode what is not ASCII in the address.",
             invalid,
             "bad_request",
         ),
-        ErrorAnswer(404, "There is nothing at this path.", invalid, "not_found"),
-        ErrorAnswer(405, "This method is not allowed here.", invalid, "method_not_allowed"),
-        ErrorAnswer(
+        ErrorResponse(404, "There is nothing at this path.", invalid, "not_found"),
+        ErrorResponse(405, "This method is not allowed here.", invalid, "method_not_allowed"),
+        ErrorResponse(
             413,
             f"The body is larger than {limit} (balancer.body_limit).",
             invalid,
             "body_too_large",
         ),
-        ErrorAnswer(414, "The address of the request is too long.", invalid, "uri_too_long"),
-        ErrorAnswer(
+        ErrorResponse(414, "The address of the request is too long.", invalid, "uri_too_long"),
+        ErrorResponse(
             429, "Every worker is busy and its line is full.", "rate_limit_error", "queue_full", 1
         ),
-        ErrorAnswer(500, "The balancer could not handle the request.", server, "internal_error"),
-        ErrorAnswer(501, "This transfer encoding is not supported.", invalid, "not_implemented"),
-        ErrorAnswer(503, "No worker is ready.", server, "no_worker", 2),
-        ErrorAnswer(
+        ErrorResponse(500, "The balancer could not handle the request.", server, "internal_error"),
+        ErrorResponse(501, "This transfer encoding is not supported.", invalid, "not_implemented"),
+        ErrorResponse(503, "No worker is ready.", server, "no_worker", 2),
+        ErrorResponse(
             504,
             f"No answer came within {config.read_timeout:g} s (workers.request_timeout).",
             "timeout_error",
             "timeout",
         ),
-        ErrorAnswer(505, "Only HTTP/1.0 and HTTP/1.1 are spoken here.", invalid, "http_version"),
+        ErrorResponse(505, "Only HTTP/1.0 and HTTP/1.1 are spoken here.", invalid, "http_version"),
     ]
     return {str(answer.status): answer for answer in answers}
 
@@ -178,7 +178,7 @@ def render(config: BalancerConfig) -> str:
         config=config,
         listen=address(config.host, config.port),
         admin=unix_address(config.admin_socket),
-        answers=error_answers(config),
+        error_responses=error_responses(config),
         status_paths=STATUS_PATHS,
         internal=INTERNAL,
         upstream_keepalive=UPSTREAM_KEEPALIVE_SECONDS,

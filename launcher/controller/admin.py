@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from launcher.controller.metrics import farm_metrics, join
 from launcher.controller.observe import device_memory
-from launcher.controller.probe import NoAnswerError, get
+from launcher.controller.probe import NoResponseError, get
 from launcher.controller.run import Controller, RefusedError
 from launcher.controller.view import view
 
@@ -214,7 +214,7 @@ class Admin:
         async def ask(id_: str) -> tuple[str, bytes] | None:
             try:
                 status, body = await get(controller.farm.port_of(id_), path, WORKER_SECONDS)
-            except NoAnswerError:
+            except NoResponseError:
                 return None
             return (id_, body) if status == 200 else None
 

@@ -48,7 +48,7 @@ class Goal:
     drained: frozenset[str] = frozenset()
 
     @cached_property
-    def wanted(self) -> tuple[str, ...]:
+    def desired_slots(self) -> tuple[str, ...]:
         """The slots that should have a worker: the first ``count`` that are not drained."""
         usable = [target.id for target in self.targets if target.id not in self.drained]
         return tuple(usable[: max(0, self.count)])
@@ -64,8 +64,8 @@ class Goal:
     def of(cls, targets: tuple[Target, ...], planned: int, desired: Desired) -> Goal:
         """``planned``: the count of the plan, which holds where the user asked for none."""
         drained = desired.drained & {target.id for target in targets}
-        asked = planned if desired.count is None else min(desired.count, len(targets))
-        return cls(targets, asked - len(drained), drained)
+        count = planned if desired.count is None else min(desired.count, len(targets))
+        return cls(targets, count - len(drained), drained)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Observation:
     """What listens on its port although no worker of ours does."""
     no_room: str = ""
     """Why its device has no memory for one more worker now, with the numbers."""
-    silent: float = 0.0
+    unresponsive: float = 0.0
     """Seconds for which it has not answered at all; only of servers that always can."""
     exit_reason: str = ""
     """The last line that its process wrote."""

@@ -11,14 +11,14 @@ import psutil
 
 from launcher.config.sizes import format_size
 from launcher.controller.model import Memory, Observation
-from launcher.controller.probe import READY_BELOW, NoAnswerError, get
+from launcher.controller.probe import READY_BELOW, NoResponseError, get
 from launcher.planning import sizing
 from launcher.planning.devices import CPU
 from launcher.planning.inventory import Device
 from launcher.planning.nvml import Driver
 from launcher.planning.sampling import tree_pss
-from launcher.supervision import leftovers as orphans
-from launcher.supervision.exit_reason import words_since
+from launcher.supervision import leftovers
+from launcher.supervision.exit_reason import exit_reason_since
 from launcher.supervision.farm import Farm, Generation
 from launcher.supervision.ports import HeldPorts
 from launcher.supervision.supervisord import GRACE_AFTER_REQUEST, LOGS, ProcessInfo, Supervisor
@@ -48,7 +48,7 @@ class Observer:
         self._gone_since: dict[str, float] = {}
         self._last_pid: dict[str, int] = {}
 
-    def look(
+    def observe(
         self, memory: Memory, starts: Mapping[str, Start], external: Collection[str]
     ) -> dict[str, Observation]:
         """Every slot that supervisord has, but for its readiness. Raises SupervisorError.
@@ -84,7 +84,7 @@ class Observer:
             clear = self._is_clear(id_, start.device, drained=record.crashes == 0)
             no_room = _no_room(start) if clear else ""
         else:
-            self._sweep(id_)
+            self._end_leftovers(id_)
         log = self.farm.state.path / LOGS / f"{id_}.log"
         return Observation(
             started=info.started,
@@ -92,7 +92,7 @@ class Observer:
             clear=clear,
             taken_by="" if is_ours or not may_start else listener_of(port),
             no_room=no_room,
-            exit_reason=words_since(log, info.started) if record.alive else "",
+            exit_reason=exit_reason_since(log, info.started) if record.alive else "",
         )
 
     def _is_clear(self, id_: str, device: Device, drained: bool) -> bool:
@@ -104,10 +104,10 @@ class Observer:
         if id_ in self._clear:
             return True
         since = self._gone_since.setdefault(id_, time.monotonic())
-        if left := orphans.marked(self.farm.state.path, id_):
+        if left := leftovers.marked(self.farm.state.path, id_):
             if drained and time.monotonic() - since < self._grace:
                 return False
-            orphans.kill(left)
+            leftovers.kill(left)
         waited = time.monotonic() - since
         if device.is_gpu and waited < MEMORY_SECONDS and self._holds_memory(id_, device):
             return False
@@ -118,13 +118,13 @@ class Observer:
     def _grace(self) -> float:
         return self.farm.settings.workers.request_timeout + GRACE_AFTER_REQUEST
 
-    def _sweep(self, id_: str) -> None:
+    def _end_leftovers(self, id_: str) -> None:
         """End what a stopped worker's process has left behind, once it had time to finish."""
         if id_ in self._clear or id_ not in self._last_pid:
             return
         since = self._gone_since.setdefault(id_, time.monotonic())
         if time.monotonic() - since > self._grace:
-            orphans.kill(orphans.marked(self.farm.state.path, id_))
+            leftovers.kill(leftovers.marked(self.farm.state.path, id_))
             self._clear.add(id_)
 
     def _holds_memory(self, id_: str, device: Device) -> bool:
@@ -139,25 +139,27 @@ class Observer:
                 return False
         return self._last_pid.get(id_) in tenants
 
-    async def asked(self, id_: str, seen: Observation, generation: Generation) -> Observation:
+    async def with_readiness(
+        self, id_: str, observation: Observation, generation: Generation
+    ) -> Observation:
         """What is observed of a slot, and whether its worker answers its readiness path."""
         external = generation.is_external
         path = generation.settings.model.ready_url if external else "/readyz"
         try:
             status, _ = await get(self.farm.port_of(id_), path, PROBE_SECONDS)
-        except NoAnswerError:
-            return seen
+        except NoResponseError:
+            return observation
         # A server that was given no path need not have a page at "/": that it answers is enough.
         any_page = external and path == "/" and status < 500
         ready = status < READY_BELOW or any_page
         key = " (model.ready_url)" if external else ""
-        return replace(seen, ready=ready, answer=f"{path}{key} was answered {status}")
+        return replace(observation, ready=ready, answer=f"{path}{key} was answered {status}")
 
-    async def answers(self, id_: str) -> bool:
+    async def is_live(self, id_: str) -> bool:
         """Whether the slot's worker, one of ours, says anything at all."""
         try:
             await get(self.farm.port_of(id_), "/livez", PROBE_SECONDS)
-        except NoAnswerError:
+        except NoResponseError:
             return False
         return True
 

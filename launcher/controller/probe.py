@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-LARGEST_ANSWER = 8 * 2**20
+MAX_RESPONSE = 8 * 2**20
 READY_BELOW = 400
 
 
-class NoAnswerError(Exception):
+class NoResponseError(Exception):
     """Nobody listens, or what came back is no HTTP, or it did not come in time."""
 
 
@@ -19,7 +19,7 @@ async def get(port: int, path: str, seconds: float) -> tuple[int, bytes]:
         async with asyncio.timeout(seconds):
             return await _get(port, path)
     except (OSError, TimeoutError, ValueError, IndexError, EOFError) as error:
-        raise NoAnswerError(f"127.0.0.1:{port}{path}: {error or type(error).__name__}") from None
+        raise NoResponseError(f"127.0.0.1:{port}{path}: {error or type(error).__name__}") from None
 
 
 async def _get(port: int, path: str) -> tuple[int, bytes]:
@@ -33,7 +33,7 @@ async def _get(port: int, path: str) -> tuple[int, bytes]:
         received = bytearray()
         while chunk := await reader.read(65536):
             received += chunk
-            if len(received) > LARGEST_ANSWER or _complete(received):
+            if len(received) > MAX_RESPONSE or _complete(received):
                 break
     finally:
         writer.close()

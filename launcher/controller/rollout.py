@@ -52,16 +52,16 @@ def _outdated(candidate: Goal, memory: Memory) -> tuple[tuple[str, int], ...]:
     listed = {*memory.rollout.moving, *(id_ for id_, _ in memory.rollout.pending)}
     return tuple(
         (id_, memory.of(id_).pid)
-        for id_ in candidate.wanted
+        for id_ in candidate.desired_slots
         if id_ not in listed
         and memory.of(id_).alive
         and memory.of(id_).spec != candidate.target(id_).spec
     )
 
 
-def wanted(current: Goal, candidate: Goal | None, memory: Memory) -> tuple[str, ...]:
+def desired_slots(current: Goal, candidate: Goal | None, memory: Memory) -> tuple[str, ...]:
     """Every slot that is to have a worker now: until a candidate is current, those of both."""
-    ids = [*(candidate.wanted if candidate else ()), *current.wanted]
+    ids = [*(candidate.desired_slots if candidate else ()), *current.desired_slots]
     if memory.rollout.extra:
         ids.append(memory.rollout.extra)
     return tuple(dict.fromkeys(ids))
@@ -72,7 +72,7 @@ def goal_of(id_: str, current: Goal, candidate: Goal | None, memory: Memory) -> 
     if candidate is None:
         return current
     pending = any(id_ == waiting for waiting, _ in memory.rollout.pending)
-    its_turn = (id_ in candidate.wanted or id_ == memory.rollout.extra) and not pending
+    its_turn = (id_ in candidate.desired_slots or id_ == memory.rollout.extra) and not pending
     return candidate if its_turn or id_ not in current.by_id else current
 
 
@@ -95,7 +95,7 @@ def _advanced(goal: Goal, candidate: Goal | None, memory: Memory, now: float) ->
     pending = list(_outdated(candidate, memory)) if candidate else []
     for id_, pid in memory.rollout.pending:
         record = memory.of(id_)
-        if id_ not in goal.wanted:
+        if id_ not in goal.desired_slots:
             continue
         if record.state == "ready" and record.pid != pid:
             if candidate is None or record.spec == goal.target(id_).spec:
@@ -105,7 +105,7 @@ def _advanced(goal: Goal, candidate: Goal | None, memory: Memory, now: float) ->
     moving = tuple(
         id_
         for id_ in memory.rollout.moving
-        if id_ in goal.wanted
+        if id_ in goal.desired_slots
         and memory.of(id_).state != "ready"
         # What is known to load need not wait for room: the others are replaced meanwhile.
         and not (candidate and _is_proven(id_, goal, memory) and _blocked(id_, goal, memory, now))
@@ -152,10 +152,10 @@ def _failure(current: Goal, candidate: Goal | None, memory: Memory, now: float) 
         failed += [id_ for id_ in rollout.moving if _blocked(id_, current, memory, now)]
         failed += _without_cover(current, memory, now)
     else:
-        old = {id_: current.target(id_).spec for id_ in current.wanted}
+        old = {id_: current.target(id_).spec for id_ in current.desired_slots}
         failed = [
             id_
-            for id_ in wanted(current, candidate, memory)
+            for id_ in desired_slots(current, candidate, memory)
             if goal_of(id_, current, candidate, memory) is candidate
             and (spec := candidate.target(id_).spec) != old.get(id_)
             and (
@@ -171,7 +171,7 @@ def _without_cover(current: Goal, memory: Memory, now: float) -> list[str]:
     if memory.rollout.moving or not memory.rollout.pending:
         return []
     id_, _ = memory.rollout.pending[0]
-    others = [other for other in wanted(current, None, memory) if other != id_]
+    others = [other for other in desired_slots(current, None, memory) if other != id_]
     return others if all(_is_stuck(memory.of(other), now) for other in others) else []
 
 
@@ -216,10 +216,10 @@ def _finished(current: Goal, candidate: Goal | None, memory: Memory) -> Step:
     if candidate is None:
         return Step(done)
     old = {target.spec for target in current.targets}
-    is_new = any(candidate.target(id_).spec not in old for id_ in candidate.wanted)
+    is_new = any(candidate.target(id_).spec not in old for id_ in candidate.desired_slots)
     serves = any(
         memory.of(id_).state == "ready" and memory.of(id_).spec == candidate.target(id_).spec
-        for id_ in candidate.wanted
+        for id_ in candidate.desired_slots
     )
     return Step(done, verdict="promoted") if serves or not is_new else Step(memory)
 
@@ -229,7 +229,7 @@ def _replace_next(current: Goal, candidate: Goal | None, memory: Memory, now: fl
     rollout = memory.rollout
     ended = (entry for entry in rollout.pending if not memory.of(entry[0]).alive)
     id_, pid = next(ended, rollout.pending[0] if rollout.pending else ("", 0))
-    ids = [other for other in wanted(current, candidate, memory) if other != id_]
+    ids = [other for other in desired_slots(current, candidate, memory) if other != id_]
     others = [memory.of(other) for other in ids]
     if room := _make_room(current, candidate, memory, now):
         return room
@@ -267,7 +267,7 @@ def _short_of_room(
 ) -> frozenset[str]:
     """Return the devices on which a new worker waits for memory."""
     devices = set()
-    for id_ in wanted(current, candidate, memory):
+    for id_ in desired_slots(current, candidate, memory):
         goal = goal_of(id_, current, candidate, memory)
         new = goal is candidate or id_ in memory.rollout.moving
         if new and memory.of(id_).waits_for == "memory" and _waits(memory.of(id_), now):
@@ -292,9 +292,11 @@ def _make_room(current: Goal, candidate: Goal | None, memory: Memory, now: float
         return Step(replace(memory, rollout=replace(memory.rollout, extra="", no_extra=True)))
     if candidate is None:
         return None
-    serving = [id_ for id_ in wanted(current, candidate, memory) if memory.of(id_).state == "ready"]
+    serving = [
+        id_ for id_ in desired_slots(current, candidate, memory) if memory.of(id_).state == "ready"
+    ]
     there = [id_ for id_ in serving if memory.of(id_).device in devices]
-    surplus = [id_ for id_ in there if id_ not in candidate.wanted]
+    surplus = [id_ for id_ in there if id_ not in candidate.desired_slots]
     pending = [id_ for id_, _ in memory.rollout.pending if id_ in there]
     if surplus and (len(serving) > 1 or not pending):
         record = replace(memory.of(surplus[-1]), state="draining", since=now)
@@ -307,7 +309,7 @@ def _empty_slot(goal: Goal, memory: Memory) -> str:
     if memory.rollout.no_extra:
         return ""
     for target in goal.targets:
-        free = target.id not in goal.wanted and target.id not in goal.drained
+        free = target.id not in goal.desired_slots and target.id not in goal.drained
         if free and memory.of(target.id).state == "stopped":
             return target.id
     return ""

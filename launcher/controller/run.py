@@ -35,7 +35,7 @@ CALM_INTERVAL = 1.0
 """Seconds between two looks, while something is under way and otherwise."""
 BUSY_AFTER_EVENT = 3.0
 ROTATE_INTERVAL = 15.0
-LISTEN_INTERVAL = 5.0
+LIVENESS_INTERVAL = 5.0
 """Seconds between two questions to every ready worker whether it still answers."""
 
 
@@ -61,10 +61,10 @@ class Controller:
         self._observer = Observer(farm, supervisor)
         self._wake = asyncio.Event()
         self._busy_until = 0.0
-        self._watched: dict[int, int] = {}
+        self._pidfds: dict[int, int] = {}
         """pid → pidfd"""
-        self._listened = 0.0
-        self._silent_since: dict[int, float] = {}
+        self._liveness_probed = 0.0
+        self._unresponsive_since: dict[int, float] = {}
         """pid → when it was first asked in vain (monotonic seconds)"""
         self._lock = asyncio.Lock()
         """Held around supervisord's connection and around every change of the desired state."""
@@ -85,8 +85,8 @@ class Controller:
         return Goal.of(targets, generation.plan.count, self.desired)
 
     @property
-    def wanted(self) -> tuple[str, ...]:
-        return self.current.wanted
+    def desired_slots(self) -> tuple[str, ...]:
+        return self.current.desired_slots
 
     @property
     def settled(self) -> bool:
@@ -146,7 +146,7 @@ class Controller:
         """Look, decide, act, remember."""
         async with self._lock:
             current, candidate = self.current, self.candidate
-            await self._look(current, candidate)
+            await self._observe(current, candidate)
             before = self.memory
             decision = decide(
                 current,
@@ -154,25 +154,25 @@ class Controller:
                 self.memory,
                 self.observed,
                 now=time.monotonic(),
-                load_timeout=self._longest("load_timeout"),
-                silence=self._longest("request_timeout") + GRACE_AFTER_REQUEST,
+                load_timeout=self._longest_timeout("load_timeout"),
+                liveness_timeout=self._longest_timeout("request_timeout") + GRACE_AFTER_REQUEST,
             )
             self.memory = decision.memory
             self._log_changes(before)
             if decision.verdict == "promoted":
-                await self._become(self.farm.promoted())
+                await self._switch_to(self.farm.promoted())
             elif decision.verdict == "given up":
-                await self._become(self.farm.abandoned(self.memory.rollout.error))
+                await self._switch_to(self.farm.abandoned(self.memory.rollout.error))
             # Remembered before it is done: a controller that dies in between finds the process.
             # What cannot be remembered is done all the same: a full disk must stop no replacement.
             unwritten = None
             try:
-                await self._remember()
+                await self._save()
             except (StateError, ConfigError) as error:
                 unwritten = error
             for action in decision.actions:
-                await asyncio.to_thread(self._act, action)
-            self._watch()
+                await asyncio.to_thread(self._execute, action)
+            self._watch_processes()
             await self._reserve()
             if unwritten is not None:
                 raise unwritten
@@ -183,7 +183,7 @@ class Controller:
         generation = self.farm.generations[-1]
         coming = [
             goal.target(id_).device
-            for id_ in goal.wanted
+            for id_ in goal.desired_slots
             if (record := self.memory.of(id_)).state in ("starting", "stopped")
             and not record.gave_up
         ]
@@ -192,21 +192,23 @@ class Controller:
             await asyncio.to_thread(reservations.reserve, self.farm.state.path, need)
             self._reserved = need
 
-    async def _look(self, current: Goal, candidate: Goal | None) -> None:
+    async def _observe(self, current: Goal, candidate: Goal | None) -> None:
         starts = {
             id_: start
-            for id_ in rollout.wanted(current, candidate, self.memory)
+            for id_ in rollout.desired_slots(current, candidate, self.memory)
             if (start := self._start_of(id_, current, candidate)) is not None
         }
         external = {id_ for id_ in self.memory.records if self.generation_of(id_).is_external}
-        observed = await asyncio.to_thread(self._observer.look, self.memory, starts, external)
+        observed = await asyncio.to_thread(self._observer.observe, self.memory, starts, external)
         self.observed = {
-            id_: await self._observer.asked(id_, seen, self.generation_of(id_))
-            if seen.alive and not seen.stopping and self.memory.of(id_).state != "ready"
-            else seen
-            for id_, seen in observed.items()
+            id_: await self._observer.with_readiness(id_, observation, self.generation_of(id_))
+            if observation.alive
+            and not observation.stopping
+            and self.memory.of(id_).state != "ready"
+            else observation
+            for id_, observation in observed.items()
         }
-        await self._listen()
+        await self._probe_liveness()
 
     def _start_of(self, id_: str, current: Goal, candidate: Goal | None) -> Start | None:
         goal = rollout.goal_of(id_, current, candidate, self.memory)
@@ -216,11 +218,11 @@ class Controller:
         slot = next(slot for slot in generation.plan.slots if slot.id == id_)
         return Start(generation, generation.plan.device_of(slot))
 
-    def _longest(self, key: str) -> float:
+    def _longest_timeout(self, key: str) -> float:
         workers = [generation.settings.workers for generation in self.farm.generations]
         return max(float(getattr(settings, key)) for settings in workers)
 
-    async def _listen(self) -> None:
+    async def _probe_liveness(self) -> None:
         """Ask the ready workers whether they answer at all. Ours do so whatever the model does,
         and are never silent for longer than a request may take; an external server may be."""
         ready = {
@@ -228,20 +230,20 @@ class Controller:
             for id_ in self.ready()
             if id_ in self.observed and not self.generation_of(id_).is_external
         }
-        if time.monotonic() - self._listened > LISTEN_INTERVAL:
-            self._listened = time.monotonic()
-            answers = await asyncio.gather(*map(self._observer.answers, ready))
-            self._silent_since = {
-                pid: self._silent_since.get(pid, self._listened)
-                for pid, answered in zip(ready.values(), answers, strict=True)
+        if time.monotonic() - self._liveness_probed > LIVENESS_INTERVAL:
+            self._liveness_probed = time.monotonic()
+            answered_all = await asyncio.gather(*map(self._observer.is_live, ready))
+            self._unresponsive_since = {
+                pid: self._unresponsive_since.get(pid, self._liveness_probed)
+                for pid, answered in zip(ready.values(), answered_all, strict=True)
                 if not answered
             }
         for id_, pid in ready.items():
-            if (since := self._silent_since.get(pid)) is not None:
-                silent = self._listened - since
-                self.observed[id_] = replace(self.observed[id_], silent=silent)
+            if (since := self._unresponsive_since.get(pid)) is not None:
+                unresponsive = self._liveness_probed - since
+                self.observed[id_] = replace(self.observed[id_], unresponsive=unresponsive)
 
-    def _act(self, action: Action) -> None:
+    def _execute(self, action: Action) -> None:
         """Carry an action out. One that fails is decided again in the next round."""
         log.info("%s %s", action.do, action.id)
         try:
@@ -268,13 +270,13 @@ class Controller:
                 suffix = f": {record.error}" if record.error else ""
                 log.info("%s is %s%s", id_, record.state, suffix)
 
-    async def _remember(self) -> None:
+    async def _save(self) -> None:
         now = (self.desired, self.memory)
         if now != self._stored:
             await asyncio.to_thread(self.store.write, *now)
             self._stored = now
 
-    async def _become(self, farm: Farm) -> None:
+    async def _switch_to(self, farm: Farm) -> None:
         """Another generation is current, or no candidate is left."""
         if farm.failure:
             log.warning("generation %d stays: %s", farm.current.number, farm.failure)
@@ -287,24 +289,24 @@ class Controller:
         except (StateError, ConfigError) as error:  # a controller after this one decides it again
             self._report(str(error))
 
-    def _watch(self) -> None:
+    def _watch_processes(self) -> None:
         """Wake up at the moment in which a worker ends, rather than at the next look."""
-        pids = {seen.pid for seen in self.observed.values() if seen.alive}
+        pids = {observation.pid for observation in self.observed.values() if observation.alive}
         loop = asyncio.get_running_loop()
-        for pid in pids - set(self._watched):
+        for pid in pids - set(self._pidfds):
             with suppress(OSError):
                 fd = os.pidfd_open(pid)
-                self._watched[pid] = fd
+                self._pidfds[pid] = fd
                 loop.add_reader(fd, self._process_ended, pid)
-        for pid in set(self._watched) - pids:
-            self._forget(pid)
+        for pid in set(self._pidfds) - pids:
+            self._close_pidfd(pid)
 
     def _process_ended(self, pid: int) -> None:
-        self._forget(pid)
+        self._close_pidfd(pid)
         self.wake()
 
-    def _forget(self, pid: int) -> None:
-        fd = self._watched.pop(pid, None)
+    def _close_pidfd(self, pid: int) -> None:
+        fd = self._pidfds.pop(pid, None)
         if fd is not None:
             asyncio.get_running_loop().remove_reader(fd)
             os.close(fd)
@@ -334,15 +336,15 @@ class Controller:
         async with self._lock:
             self.memory = self.memory.reset(tuple(self.current.by_id))
             used = None if count is None else count + len(drained)
-            await self._desire(replace(self.desired, count=used))
-        return plan.warnings_for(len(self.wanted))
+            await self._set_desired(replace(self.desired, count=used))
+        return plan.warnings_for(len(self.desired_slots))
 
     async def _check_room(self, count: int) -> None:
         """Raises RefusedError where the memory that is free now does not hold the new ones."""
         desired = replace(self.desired, count=count + len(self.current.drained))
         generation = self.farm.current
         goal = Goal.of(self.current.targets, generation.plan.count, desired)
-        new = [id_ for id_ in goal.wanted if not self.memory.of(id_).alive]
+        new = [id_ for id_ in goal.desired_slots if not self.memory.of(id_).alive]
         devices = [goal.target(id_).device for id_ in new]
         refusal = await asyncio.to_thread(refusal_for, generation, devices)
         if refusal:
@@ -350,31 +352,31 @@ class Controller:
 
     async def drain(self, id_: str) -> None:
         """Empty a slot and keep it empty."""
-        self._check(id_)
+        self._check_slot(id_)
         async with self._lock:
             if id_ in self.desired.drained:
                 return
-            if id_ not in self.wanted:
-                raise RefusedError(f"{id_} has no worker to drain; workers: {self._named()}")
+            if id_ not in self.desired_slots:
+                raise RefusedError(f"{id_} has no worker to drain; workers: {self._worker_names()}")
             self.memory = self.memory.reset((id_,))
             drained = self.desired.drained | {id_}
-            await self._desire(replace(self.desired, drained=drained))
+            await self._set_desired(replace(self.desired, drained=drained))
 
     async def restart(self, ids: tuple[str, ...] = ()) -> None:
         """Replace workers in turn, all of them where none is named; refill drained slots."""
         for id_ in ids:
-            self._check(id_)
-            if id_ not in (*self.wanted, *self.desired.drained):
+            self._check_slot(id_)
+            if id_ not in (*self.desired_slots, *self.desired.drained):
                 raise RefusedError(
-                    f"{id_} has no worker to restart; workers: {self._named()}. `gpufarm scale` "
-                    f"adds workers"
+                    f"{id_} has no worker to restart; workers: {self._worker_names()}. "
+                    f"`gpufarm scale` adds workers"
                 )
         async with self._lock:
             desired = replace(self.desired, drained=self.desired.drained - set(ids))
             goal = Goal.of(self.current.targets, self.farm.plan.count, desired)
-            chosen = ids or goal.wanted
+            chosen = ids or goal.desired_slots
             self.memory = rollout.begin(self.memory.reset(chosen), chosen)
-            await self._desire(desired)
+            await self._set_desired(desired)
 
     async def roll_out(self, number: int, follow: bool) -> None:
         """Take up a generation that `up` has written. ``follow``: the count that the user had
@@ -399,21 +401,21 @@ class Controller:
             if candidate := self.candidate:
                 self.memory = rollout.begin_candidate(self.memory, candidate)
             count = None if follow else self.desired.count
-            await self._desire(Desired(count, self.desired.drained & ids))
+            await self._set_desired(Desired(count, self.desired.drained & ids))
 
-    def _named(self) -> str:
-        return ", ".join(self.wanted) or "none"
+    def _worker_names(self) -> str:
+        return ", ".join(self.desired_slots) or "none"
 
-    def _check(self, id_: str) -> None:
+    def _check_slot(self, id_: str) -> None:
         ids = list(self.current.by_id)
         if id_ not in ids:
             raise RefusedError(f"no worker {id_}; slots: {', '.join(ids)}", status=404)
 
-    async def _desire(self, desired: Desired) -> None:
+    async def _set_desired(self, desired: Desired) -> None:
         """Raises RefusedError where it cannot be written down: then it is not desired either."""
         before, self.desired = self.desired, desired
         try:
-            await self._remember()
+            await self._save()
         except (StateError, ConfigError) as error:
             self.desired = before
             raise RefusedError(str(error), status=507) from None

@@ -15,7 +15,7 @@ CPU = "cpu"
 
 
 @dataclass(frozen=True)
-class Found:
+class DiscoveredDevices:
     """The devices to plan with, and what to tell about the choice."""
 
     devices: tuple[Device, ...]
@@ -24,18 +24,18 @@ class Found:
 
 def discover(
     host: Host,
-    wanted: Sequence[str] = (),
+    selected: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
     nvml: Nvml | None = None,
-) -> Found:
+) -> DiscoveredDevices:
     """What there is, after ``CUDA_VISIBLE_DEVICES`` and then ``budget.devices`` (``wanted``).
 
     Indices are the driver's order (PCI, as nvidia-smi has it). Raises ConfigError for a wanted
     device that is not there.
     """
     environ = os.environ if environ is None else environ
-    if list(wanted) == [CPU]:
-        return Found((cpu_device(host),))
+    if list(selected) == [CPU]:
+        return DiscoveredDevices((cpu_device(host),))
     driver = Driver.open(nvml)
     groups: list[list[Device]] = []
     if driver is not None:
@@ -43,18 +43,18 @@ def discover(
             groups = driver.devices()
     mask = environ.get("CUDA_VISIBLE_DEVICES")
     visible = groups if mask is None else visible_groups(groups, mask)
-    if wanted:
-        return Found(_wanted(visible, wanted, host))
+    if selected:
+        return DiscoveredDevices(_selected_devices(visible, selected, host))
     devices = tuple(device for group in visible for device in group)
     if devices:
-        return Found(devices)
+        return DiscoveredDevices(devices)
     note = "No GPU: workers run on the CPU, and memory means RAM."
     if groups:
         note = (
             f"CUDA_VISIBLE_DEVICES={mask!r} hides {len(groups)} GPU"
             f"{'' if len(groups) == 1 else 's'}: workers run on the CPU, and memory means RAM."
         )
-    return Found((cpu_device(host),), (note,))
+    return DiscoveredDevices((cpu_device(host),), (note,))
 
 
 def cpu_device(host: Host) -> Device:
@@ -68,7 +68,7 @@ def cpu_device(host: Host) -> Device:
     )
 
 
-def imagined(sizes: Sequence[str]) -> tuple[Device, ...]:
+def hypothetical_devices(sizes: Sequence[str]) -> tuple[Device, ...]:
     """Devices that are only given as sizes, all of it free. Raises ConfigError for a bad size."""
     devices = []
     for index, text in enumerate(sizes):
@@ -76,7 +76,7 @@ def imagined(sizes: Sequence[str]) -> tuple[Device, ...]:
             size = parse_size_with_unit(text)
         except ValueError as error:
             raise ConfigError(f"--device {text}: {error}") from None
-        devices.append(Device(f"device{index}", text, "imagined", size, size, index))
+        devices.append(Device(f"device{index}", text, "hypothetical", size, size, index))
     return tuple(devices)
 
 
@@ -113,11 +113,11 @@ def _match(groups: Sequence[Sequence[Device]], token: str) -> list[Device]:
     return exact or (matches if len(matches) == 1 else [])
 
 
-def _wanted(
-    groups: Sequence[Sequence[Device]], wanted: Sequence[str], host: Host
+def _selected_devices(
+    groups: Sequence[Sequence[Device]], selected: Sequence[str], host: Host
 ) -> tuple[Device, ...]:
     chosen: list[Device] = []
-    for name in wanted:
+    for name in selected:
         found = [cpu_device(host)] if name == CPU else _match(groups, name)
         if not found:
             there = [f"{d.index} ({d.id})" for group in groups for d in group] + [CPU]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from launcher.config.settings import ProbeRequest
 from launcher.config.sizes import MIB
 from launcher.planning.inventory import Footprint
-from launcher.planning.sampling import Sampler, Watch
+from launcher.planning.sampling import MemoryWatch, Sampler
 
 ROUNDS = 2
 """How often the longest requests are run once warm: allocators grow again on the second."""
@@ -46,7 +46,7 @@ class RunningWorker(Protocol):
     def exit_code(self) -> int | None:
         """None while it runs."""
 
-    def last_words(self) -> str:
+    def exit_reason(self) -> str:
         """The last line it wrote; empty when there is none."""
 
     def stop(self) -> None:
@@ -106,7 +106,7 @@ def measure(
         worker = start()
     except OSError as error:
         raise MeasureError(f"the worker could not be started: {error}") from None
-    watch = Watch(lambda: sampler.sample(worker.pid))
+    watch = MemoryWatch(lambda: sampler.sample(worker.pid))
     try:
         with watch.watching():
             _await_ready(worker, load_timeout)
@@ -128,7 +128,7 @@ def measure(
     return _result(watch, sampler, len(probes) * (1 + ROUNDS), device)
 
 
-def _result(watch: Watch, sampler: Sampler, requests: int, device: str) -> Footprint:
+def _result(watch: MemoryWatch, sampler: Sampler, requests: int, device: str) -> Footprint:
     steady, exact = watch.device["serving"], sampler.returned()
     if steady < MIB and not exact:
         raise DisturbedError(
@@ -172,7 +172,7 @@ def _await_ready(worker: RunningWorker, timeout: float) -> None:
     while time.monotonic() < deadline:
         code = worker.exit_code()
         if code is not None:
-            words = worker.last_words()
+            words = worker.exit_reason()
             if code in (FAILED_TO_LOAD, CANNOT_LOAD) and words:
                 raise MeasureError(f"the worker could not load: {words}")
             said = f": {words}" if words else ""
@@ -183,7 +183,7 @@ def _await_ready(worker: RunningWorker, timeout: float) -> None:
                 return
             said = f": {worker.ready_path} was answered {status}"
         time.sleep(0.1)
-    said += f"; its last line: {words}" if (words := worker.last_words()) else ""
+    said += f"; its last line: {words}" if (words := worker.exit_reason()) else ""
     raise MeasureError(
         f"the worker was not ready within {timeout:g} s (workers.load_timeout){said}"
     )
@@ -199,7 +199,7 @@ def _run(worker: RunningWorker, probes: Sequence[Probe], timeout: float) -> None
                 f"{what} took longer than {timeout:g} s (workers.request_timeout)"
             ) from None
         except (OSError, http.client.HTTPException) as error:
-            ended = _how_it_ended(worker)
+            ended = _exit_message(worker)
             raise MeasureError(f"{what} failed: {error or type(error).__name__}{ended}") from None
         if status >= 400:
             text = " ".join(body[:200].decode(errors="replace").split())
@@ -209,14 +209,14 @@ def _run(worker: RunningWorker, probes: Sequence[Probe], timeout: float) -> None
             raise MeasureError(f"{what} was answered {status}: {text}; {remedy}")
 
 
-def _how_it_ended(worker: RunningWorker, patience: float = 2.0) -> str:
+def _exit_message(worker: RunningWorker, timeout: float = 2.0) -> str:
     """Words about its end; empty if it lives. A connection breaks a moment before the exit."""
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout
     while (code := worker.exit_code()) is None:
         if time.monotonic() > deadline:
             return ""
         time.sleep(0.02)
-    said = f": {words}" if (words := worker.last_words()) else ""
+    said = f": {words}" if (words := worker.exit_reason()) else ""
     return f"; the worker ended with exit code {code}{said}"
 
 

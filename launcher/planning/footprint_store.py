@@ -25,7 +25,7 @@ from launcher.config.state import StateDir, read_json, set_aside, write_json
 from launcher.planning.inventory import Device, Footprint
 
 PACKAGES = ("gpufarm", "torch", "onnxruntime", "onnxruntime-gpu", "transformers", "tensorrt")
-MOST_FILES = 10_000
+MAX_FILES = 10_000
 """A folder with more files is told apart by the first so many."""
 EDGE = 1 << 20
 """Bytes read from both ends of a large file: weights of the same shape take the same memory."""
@@ -173,7 +173,7 @@ def _files(path: Path) -> Iterator[Path]:
     if path.is_file():
         yield path
         return
-    yield from islice(_walk(path), MOST_FILES)
+    yield from islice(_walk(path), MAX_FILES)
 
 
 def _walk(top: Path) -> Iterator[Path]:

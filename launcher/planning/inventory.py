@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-DeviceKind = Literal["gpu", "mig", "cpu", "imagined"]
+DeviceKind = Literal["gpu", "mig", "cpu", "hypothetical"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Device:
     """A GPU, a MIG slice, the CPU with its RAM, or one that was only given as a size."""
 
     id: str
-    """The UUID (``GPU-…``, ``MIG-…``), ``cpu``, or ``device0`` for an imagined one."""
+    """The UUID (``GPU-…``, ``MIG-…``), ``cpu``, or ``device0`` for a hypothetical one."""
     name: str
     kind: DeviceKind
     total: int

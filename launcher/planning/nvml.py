@@ -51,7 +51,7 @@ class Driver:
     def open(cls, nvml: Nvml | None = None) -> Driver | None:
         """None where there is no driver, or none that answers: then there are no GPUs."""
         if nvml is None:
-            import pynvml  # noqa: PLC0415 - 35 ms that a plan for imagined devices need not spend
+            import pynvml  # noqa: PLC0415 - 35 ms that a plan for hypothetical devices need not spend
 
             nvml = pynvml
         try:

@@ -26,7 +26,7 @@ CAP_NAMES: Mapping[str, str] = {
 }
 
 
-MORE_ROOM = "free device memory, or lower budget.headroom"
+MEMORY_REMEDY = "free device memory, or lower budget.headroom"
 
 
 class DoesNotFit(Exception):  # noqa: N818 - an answer, not a fault
@@ -184,12 +184,12 @@ def fitting(budget: int, footprint: Footprint) -> int:
     return 1 + (after_first - (footprint.peak - footprint.steady)) // footprint.steady
 
 
-def room_of(device: Device, limits: Limits) -> int:
+def usable_memory(device: Device, limits: Limits) -> int:
     """Bytes that workers may use of it now."""
     return _budget(device, _headroom(device, limits), limits)
 
 
-def places_to_measure(devices: Sequence[Device], limits: Limits) -> tuple[Device, ...]:
+def devices_to_measure(devices: Sequence[Device], limits: Limits) -> tuple[Device, ...]:
     """Of each kind of device that has room the one with the most, the roomiest kind first.
 
     Raises DoesNotFit where none has.
@@ -198,14 +198,14 @@ def places_to_measure(devices: Sequence[Device], limits: Limits) -> tuple[Device
     if not usable:
         problems = "; ".join(f"{d.name}: {d.problem}" for d in devices) or "none found"
         raise DoesNotFit(f"no device to run on ({problems}); name one with budget.devices")
-    rooms = {d.id: room_of(d, limits) for d in usable}
+    rooms = {d.id: usable_memory(d, limits) for d in usable}
     best: dict[tuple[str, int], Device] = {}
     for device in sorted(usable, key=lambda d: rooms[d.id]):
         if rooms[device.id] > 0:
             best[device.name, device.total] = device
     if not best:
         rows = ", ".join(_row(d, rooms[d.id], _headroom(d, limits)) for d in usable)
-        raise DoesNotFit(f"no worker fits, not even to be measured ({rows}); {MORE_ROOM}")
+        raise DoesNotFit(f"no worker fits, not even to be measured ({rows}); {MEMORY_REMEDY}")
     return tuple(sorted(best.values(), key=lambda d: -rooms[d.id]))
 
 
@@ -213,7 +213,7 @@ def plan(devices: Sequence[Device], footprint: Footprint, host: Host, limits: Li
     """Place workers on devices. Never raises: a plan that cannot be done carries its refusal."""
     usable = [device for device in devices if not device.problem]
     headrooms = {d.id: _headroom(d, limits) for d in usable}
-    budgets = {d.id: room_of(d, limits) for d in usable}
+    budgets = {d.id: usable_memory(d, limits) for d in usable}
     fits = {d.id: _fits(d, budgets[d.id], footprint) for d in usable}
     caps = Caps(
         memory=sum(fits.values()),
@@ -340,18 +340,20 @@ def _refusal(plan: Plan, count: int) -> str:
     rows = ", ".join(_row(row.device, row.budget, row.headroom) for row in plan.devices)
     remedy = f"ask for {most}"
     if most == 0:
-        stated = any(is_stated(row.device, row.budget, row.headroom) for row in plan.devices)
-        remedy = "raise budget.memory" if stated else MORE_ROOM
+        stated = any(
+            is_limited_by_budget(row.device, row.budget, row.headroom) for row in plan.devices
+        )
+        remedy = "raise budget.memory" if stated else MEMORY_REMEDY
     return f"{asked}: memory allows {most} ({need}; {rows}); {remedy}"
 
 
-def is_stated(device: Device, budget: int, headroom: int) -> bool:
+def is_limited_by_budget(device: Device, budget: int, headroom: int) -> bool:
     """Whether budget.memory allows less than is free."""
     return budget < device.free - headroom
 
 
 def _row(device: Device, budget: int, headroom: int) -> str:
-    if is_stated(device, budget, headroom):
+    if is_limited_by_budget(device, budget, headroom):
         return f"{device.name}: {format_size(budget)} usable, as budget.memory says"
     return (
         f"{device.name}: {format_size(budget)} usable of {format_size(device.free)} free, "

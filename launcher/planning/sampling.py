@@ -18,7 +18,7 @@ from launcher.planning.nvml import Driver
 
 INTERVAL = 0.05
 """Seconds between samples."""
-PATIENCE = 10.0
+SETTLE_TIMEOUT = 10.0
 """Seconds to wait for a device's memory to come to rest."""
 SETTLED = 64 * MIB
 """Free device memory that differs by less is the same: drivers round, other tenants breathe."""
@@ -64,11 +64,11 @@ class CpuSampler:
 class GpuSampler:
     """Changes of the device's free memory; what the driver tells of a process is unreliable."""
 
-    def __init__(self, driver: Driver, uuid: str, patience: float = PATIENCE) -> None:
+    def __init__(self, driver: Driver, uuid: str, timeout: float = SETTLE_TIMEOUT) -> None:
         """``patience``: seconds to wait for the device's memory to come to rest."""
         self._driver = driver
         self._uuid = uuid
-        self._patience = patience
+        self._timeout = timeout
         self._baseline = 0
         self._host = 0
         self._round = 0
@@ -79,9 +79,9 @@ class GpuSampler:
     def begin(self) -> None:
         """Wait until nothing moves, so that somebody's exit is not taken for our start."""
         last = self._driver.free(self._uuid)
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + self._timeout
         while time.monotonic() < deadline:
-            time.sleep(min(0.25, self._patience))
+            time.sleep(min(0.25, self._timeout))
             now = self._driver.free(self._uuid)
             if abs(now - last) < MIB:
                 last = now
@@ -108,7 +108,7 @@ class GpuSampler:
         return self._tenants <= {tenant.pid for tenant in self._driver.tenants(self._uuid)}
 
     def _is_as_before(self) -> bool:
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + self._timeout
         while True:
             difference = self._driver.free(self._uuid) - self._baseline
             if abs(difference) < SETTLED:
@@ -139,7 +139,7 @@ def _pss(process: psutil.Process) -> int:
     return 0
 
 
-class Watch:
+class MemoryWatch:
     """The highest usage of each phase. ``phase`` is switched by whoever runs the worker."""
 
     def __init__(self, sample: Callable[[], Usage], interval: float = INTERVAL) -> None:
@@ -156,7 +156,7 @@ class Watch:
         """Why sampling ended early; empty while all is well."""
 
     @contextmanager
-    def watching(self) -> Iterator[Watch]:
+    def watching(self) -> Iterator[MemoryWatch]:
         thread = threading.Thread(target=self._run, name="sampling", daemon=True)
         thread.start()
         try:
@@ -193,4 +193,4 @@ def sampler_for(kind: str, uuid: str, driver: Driver | None) -> Sampler:
     """The sampler of a device."""
     if kind == "cpu" or driver is None:
         return CpuSampler()
-    return GpuSampler(driver, uuid, PATIENCE)
+    return GpuSampler(driver, uuid, SETTLE_TIMEOUT)

@@ -20,7 +20,7 @@ from launcher.planning.footprint import (
 )
 from launcher.planning.footprint_store import FootprintStore, key_of
 from launcher.planning.inventory import Device, Footprint, Host
-from launcher.planning.plan import DoesNotFit, Limits, Plan, places_to_measure, plan, room_of
+from launcher.planning.plan import DoesNotFit, Limits, Plan, devices_to_measure, plan, usable_memory
 
 ATTEMPTS = 3
 """How often a measurement is made at most that other processes disturb."""
@@ -71,15 +71,15 @@ def known_footprint(
         return None
     footprint = Footprint.covering(kept)
     with suppress(DoesNotFit):
-        for place in places_to_measure(usable, limits(settings)):
+        for place in devices_to_measure(usable, limits(settings)):
             missing = store.find(key_of(settings, place)) is None
-            if missing and _could_hold(place, footprint, settings):
+            if missing and _has_room(place, footprint, settings):
                 return None
     return footprint
 
 
-def _could_hold(device: Device, footprint: Footprint, settings: Settings) -> bool:
-    return room_of(device, limits(settings)) >= footprint.peak
+def _has_room(device: Device, footprint: Footprint, settings: Settings) -> bool:
+    return usable_memory(device, limits(settings)) >= footprint.peak
 
 
 def measure_footprint(
@@ -98,28 +98,30 @@ def measure_footprint(
     """
     store = FootprintStore(state)
     found: list[Footprint] = []
-    for place in places_to_measure(devices, limits(settings)):
+    for place in devices_to_measure(devices, limits(settings)):
         key = key_of(settings, place)
         footprint = None if again else store.find(key)
-        too_small = found and not _could_hold(place, Footprint.covering(found), settings)
+        too_small = found and not _has_room(place, Footprint.covering(found), settings)
         if footprint is None and too_small:
             continue  # it gets no worker anyway
         if footprint is None:
             progress(f"measuring the footprint of one worker on {place.name}")
-            footprint = _undisturbed(settings, place, start, progress)
+            footprint = _measure_undisturbed(settings, place, start, progress)
             if footprint.exact:  # a guess serves this run, and is not kept
                 store.put(key, footprint)
         found.append(footprint)
     return Footprint.covering(found)
 
 
-def _undisturbed(settings: Settings, device: Device, start: Start, progress: Progress) -> Footprint:
+def _measure_undisturbed(
+    settings: Settings, device: Device, start: Start, progress: Progress
+) -> Footprint:
     """Measure again while other processes disturb it. Where all attempts were disturbed, one that
     covers them, not exact. Raises DisturbedError where none told anything."""
     guesses: list[Footprint] = []
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            footprint = _measured(settings, device, start, progress)
+            footprint = _measure_once(settings, device, start, progress)
         except DisturbedError:
             if attempt == ATTEMPTS and not guesses:
                 raise
@@ -135,7 +137,9 @@ def _undisturbed(settings: Settings, device: Device, start: Start, progress: Pro
     return Footprint.covering(guesses)
 
 
-def _measured(settings: Settings, device: Device, start: Start, progress: Progress) -> Footprint:
+def _measure_once(
+    settings: Settings, device: Device, start: Start, progress: Progress
+) -> Footprint:
     from launcher.planning.nvml import Driver  # noqa: PLC0415 - together with pynvml, only for a GPU
     from launcher.planning.sampling import sampler_for  # noqa: PLC0415
 
@@ -177,7 +181,7 @@ def build_plan(
             "the footprint was measured without a request: name the longest in footprint.requests, "
             "or give the class longest_request()"
         )
-    if footprint.how == "measured" and any(device.kind == "imagined" for device in devices):
+    if footprint.how == "measured" and any(device.kind == "hypothetical" for device in devices):
         warnings.append(
             f"the footprint was measured on {footprint.device}; elsewhere it may be another"
         )

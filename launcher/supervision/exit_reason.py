@@ -14,10 +14,10 @@ _OURS = re.compile(
 )
 """A line of a worker's log: time, level, worker, message."""
 LOG_TAIL = 64 * 1024
-LONGEST_WORDS = 300
+MAX_LENGTH = 300
 
 
-def last_line(log: Path) -> str:
+def exit_reason(log: Path) -> str:
     """The last line that a process wrote; empty where there is none, or where all was well.
 
     Of a line of our own workers only its message.
@@ -35,7 +35,7 @@ def last_line(log: Path) -> str:
     elif (record := _json_record(last)) is not None:
         last = "" if record["level"] == "INFO" else str(record["message"])
         last = last.removeprefix("cannot load: ")
-    return last[:LONGEST_WORDS]
+    return last[:MAX_LENGTH]
 
 
 def _json_record(line: str) -> dict[str, Any] | None:
@@ -47,9 +47,9 @@ def _json_record(line: str) -> dict[str, Any] | None:
     return None
 
 
-def words_since(log: Path, started: float) -> str:
+def exit_reason_since(log: Path, started: float) -> str:
     """The last line of a process that was started then (Unix seconds), not of one before it."""
     with suppress(OSError):
         if log.stat().st_mtime >= started:
-            return last_line(log)
+            return exit_reason(log)
     return ""

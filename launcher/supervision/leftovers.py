@@ -51,7 +51,7 @@ def _lives(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def supervisors_of(state: Path) -> list[psutil.Process]:
+def find_supervisors(state: Path) -> list[psutil.Process]:
     """supervisord processes that run this state directory's file."""
     conf = str(state / CONF)
     found = []
@@ -96,9 +96,9 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
         process.send_signal(number)
 
 
-def leftovers(state: Path) -> list[psutil.Process]:
+def find(state: Path) -> list[psutil.Process]:
     """Everything that runs of a farm, nginx and supervisord included."""
-    found = {process.pid: process for process in [*supervisors_of(state), *marked(state)]}
+    found = {process.pid: process for process in [*find_supervisors(state), *marked(state)]}
     for pid in nginx_processes.all_members(state):
         with suppress(psutil.Error):
             found.setdefault(pid, psutil.Process(pid))
@@ -111,12 +111,12 @@ def clean(state: Path, graceful_seconds: float) -> int:
 
     Raises StillRunningError when something outlives a SIGKILL.
     """
-    hanging = supervisors_of(state)
+    hanging = find_supervisors(state)
     kill(hanging)
     count = len(hanging) + len(nginx_processes.end(state, graceful_seconds))
     left = marked(state)
     end(left, graceful_seconds)
-    if stuck := leftovers(state):
+    if stuck := find(state):
         names = ", ".join(str(process.pid) for process in stuck)
         raise StillRunningError(
             f"processes of the farm in {state} cannot be ended: {names}; end them by hand, or "

@@ -15,15 +15,15 @@ from launcher.config.settings import Settings
 from launcher.config.state import StateDir, write_json
 from launcher.planning.inventory import Device
 from launcher.supervision import supervisord as supervisor
-from launcher.supervision.exit_reason import last_line
+from launcher.supervision.exit_reason import exit_reason
 from launcher.supervision.supervisord import python_module
 from launcher.supervision.worker_command import launch, worker_spec
 
-MEASURED_SPEC = "measure-worker.json"
+MEASUREMENT_SPEC = "measure-worker.json"
 """What the worker that is measured is told to serve; there while it is measured."""
 
 
-class LoneWorker:
+class MeasurementWorker:
     """A child in a session of its own. Started by ``start``; ``stop`` ends all of the session.
 
     ``spec``: the file that only this worker reads; it goes with it.
@@ -60,7 +60,7 @@ class LoneWorker:
         log: Path,
         grace: float = 10.0,
         spec: Path | None = None,
-    ) -> LoneWorker:
+    ) -> MeasurementWorker:
         """``environment`` is all that it gets. ``grace``: seconds from TERM to KILL.
 
         Raises OSError when the command cannot be executed.
@@ -86,8 +86,8 @@ class LoneWorker:
             return None
         return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
-    def last_words(self) -> str:
-        return last_line(self._log)
+    def exit_reason(self) -> str:
+        return exit_reason(self._log)
 
     def stop(self) -> None:
         """TERM, and KILL for the whole session after the grace; children must not outlive it."""
@@ -116,21 +116,21 @@ class LoneWorker:
         return True
 
 
-def lone_start(settings: Settings, state: StateDir) -> Callable[[Device], LoneWorker]:
+def measurement_start(settings: Settings, state: StateDir) -> Callable[[Device], MeasurementWorker]:
     """Start the configured worker on a free port, its log in logs/measure.log.
 
     It bears the farm's mark, and on Linux it ends with this process, however that ends.
     """
     tether = python_module("launcher.supervision.die_with_parent", str(os.getpid()))
 
-    def start(device: Device) -> LoneWorker:
+    def start(device: Device) -> MeasurementWorker:
         state.create()
-        spec = state.path / MEASURED_SPEC
+        spec = state.path / MEASUREMENT_SPEC
         write_json(spec, worker_spec(settings, state.cache))
         port = free_port()
         begin = launch(settings, device, id="w0", port=port, spec=spec, cache=state.cache)
         try:
-            return LoneWorker.start(
+            return MeasurementWorker.start(
                 [*tether, *begin.argv],
                 environment={**supervisor.environment(state.path), **begin.environment},
                 folder=Path(begin.folder),

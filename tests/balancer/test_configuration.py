@@ -12,10 +12,10 @@ import pytest
 from balancer import nginx
 from balancer.configuration import (
     BalancerConfig,
-    ErrorAnswer,
+    ErrorResponse,
     Upstream,
     address,
-    error_answers,
+    error_responses,
     listening,
     open_file_limit,
     render,
@@ -122,7 +122,7 @@ def test_what_is_refused_does_not_replace_what_serves(tmp_path: Path) -> None:
 
 
 def test_errors_are_json_in_openais_shape(tmp_path: Path) -> None:
-    for status, answer in error_answers(config(tmp_path)).items():
+    for status, answer in error_responses(config(tmp_path)).items():
         error = json.loads(answer.body[1:-1])["error"]
         assert set(error) == {"message", "type", "param", "code"}
         assert answer.status == int(status)
@@ -130,11 +130,11 @@ def test_errors_are_json_in_openais_shape(tmp_path: Path) -> None:
 
 
 def test_quotes_in_an_answer_reach_the_caller_and_variables_are_refused() -> None:
-    quoted = ErrorAnswer(400, 'it\'s a "test"', "t", "c").body
+    quoted = ErrorResponse(400, 'it\'s a "test"', "t", "c").body
     unquoted = quoted[1:-1].replace("\\'", "'").replace("\\\\", "\\")
     assert json.loads(unquoted)["error"]["message"] == 'it\'s a "test"'
     with pytest.raises(ValueError, match="\\$"):
-        _ = ErrorAnswer(400, "costs $5", "t", "c").body
+        _ = ErrorResponse(400, "costs $5", "t", "c").body
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "*", "localhost"])

@@ -96,7 +96,7 @@ def test_a_slow_reader_does_not_hold_its_worker(tmp_path: Path) -> None:
 
 def test_nginx_holds_no_more_than_the_limit_and_the_rest_follows(tmp_path: Path) -> None:
     limit = 4 * MEGABYTE
-    made = front(tmp_path, slots=1, answer_file_limit=limit)
+    made = front(tmp_path, slots=1, response_file_limit=limit)
     made.start()
     try:
         with worker(made.ports["w1"]) as sent, reader(made.config.port) as connection:
