@@ -12,7 +12,7 @@ import pytest
 from balancer import processes
 from balancer.configuration import ACCESS_LOG, ERROR_LOG
 from launcher.config.settings import LogsSettings
-from launcher.supervision.log_rotation import keep_logs
+from launcher.supervision.log_rotation import rotate_logs
 from tests.balancer.harness import Front, front
 from tests.waiting import until
 
@@ -49,14 +49,14 @@ def test_a_log_that_was_deleted_is_opened_again(alone: Front, name: str) -> None
     ask(alone, "/one")
     log = alone.config.prefix / name
     log.unlink()
-    keep_logs(alone.config.prefix, LogsSettings())
+    rotate_logs(alone.config.prefix, LogsSettings())
     until(log.exists, "a new log")
     ask(alone, "/two")
 
 
 def test_a_deleted_folder_of_logs_is_made_again(alone: Front) -> None:
     shutil.rmtree(alone.config.prefix / "logs")
-    keep_logs(alone.config.prefix, LogsSettings())
+    rotate_logs(alone.config.prefix, LogsSettings())
     until((alone.config.prefix / ERROR_LOG).exists, "a new log")
     ask(alone, "/two")
 
@@ -64,7 +64,7 @@ def test_a_deleted_folder_of_logs_is_made_again(alone: Front) -> None:
 def test_a_log_beyond_its_limit_is_moved_aside(alone: Front) -> None:
     log = alone.config.prefix / ACCESS_LOG
     ask(alone, "/one")
-    keep_logs(alone.config.prefix, LogsSettings(max_bytes=10, backups=2))
+    rotate_logs(alone.config.prefix, LogsSettings(max_bytes=10, backups=2))
     until(log.exists, "a new log")
     ask(alone, "/two")
     assert "/one" in log.with_name(f"{log.name}.1").read_text()
@@ -73,6 +73,6 @@ def test_a_log_beyond_its_limit_is_moved_aside(alone: Front) -> None:
 
 def test_logs_that_are_as_they_should_be_stay_open(alone: Front) -> None:
     ask(alone, "/one")
-    keep_logs(alone.config.prefix, LogsSettings())
+    rotate_logs(alone.config.prefix, LogsSettings())
     ask(alone, "/two")
     assert is_logged(alone, "/one")

@@ -145,7 +145,7 @@ def test_children_count_and_do_not_outlive_it(
     [
         ("breaks", {}, ["could not load", "no such weights: x.bin"]),
         ("never", {"load_timeout": 1.0}, ["not ready within 1 s", "load_timeout", "still loading"]),
-        ("refuses", {}, ["POST /big was answered 400: no such voice", "footprint.requests"]),
+        ("refuses", {}, ["POST /big returned 400: no such voice", "footprint.requests"]),
         ("dies", {}, ["POST /big failed", "exit code 9"]),
         ("well", {"request_timeout": 0.05}, ["took longer than 0.05 s", "request_timeout"]),
     ],
@@ -319,7 +319,7 @@ def test_a_disturbed_measurement_is_repeated(
     found, kept, said = measured_beside_others(tmp_path, monkeypatch, [disturb, quiet])
     assert (found.steady, found.exact) == (5 * GIB, True)
     assert kept == found
-    assert "other processes moved memory of Card meanwhile: measuring again (2 of 3)" in said
+    assert "other processes changed the memory of Card; measuring again (2 of 3)" in said
 
 
 def test_a_guess_is_used_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +331,7 @@ def test_a_guess_is_used_and_not_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     assert kept is None
     card = Device("GPU-a", "Card", "gpu", 24 * GIB, 15 * GIB)
     planned = build_plan(settings_for(tmp_path, {"target": "hello:Hello"}), [card], Host(), found)
-    assert any("is a guess and is not kept" in warning for warning in planned.warnings)
+    assert any("is an estimate and is not stored" in warning for warning in planned.warnings)
     assert sum("measuring again" in line for line in said) == 2
 
 
@@ -341,7 +341,7 @@ def test_a_measurement_that_tells_nothing_is_not_blamed_on_the_model(
     small = {"takes": 2 * GIB, "starts_with": 2 * GIB}
     found, _, _ = measured_beside_others(tmp_path, monkeypatch, [leave, quiet], **small)
     assert (found.steady, found.exact) == (2 * GIB, True)
-    with pytest.raises(MeasureError, match="other processes gave back memory of Card"):
+    with pytest.raises(MeasureError, match="other processes freed memory of Card"):
         measured_beside_others(tmp_path / "again", monkeypatch, [leave] * 3, **small)
 
 
@@ -420,7 +420,7 @@ def test_a_real_worker_is_measured_once_and_remembered(tmp_path: Path) -> None:
     assert found.steady > 60 * MIB
     assert found.requests == 3
     assert lines[0].startswith("measuring the footprint of one worker on CPU")
-    assert lines[1] == "starting one worker alone"
+    assert lines[1] == "starting one worker"
     assert known_footprint(settings, [device], state) == found
 
 
@@ -489,7 +489,9 @@ def test_a_worker_that_the_kernel_ended_does_not_fit(
     state = StateDir(settings.state_dir)
     counts = iter([2, 3])
     monkeypatch.setattr("launcher.planning.host.killed_for_memory", lambda: next(counts))
-    with pytest.raises(DoesNotFit, match=r"memory ran out; free some, or raise the memory limit"):
+    with pytest.raises(
+        DoesNotFit, match=r"OOM killer ended it; free RAM, or raise the memory limit"
+    ):
         measure_footprint(
             settings, [cpu_device(read_host())], state, measurement_start(settings, state)
         )

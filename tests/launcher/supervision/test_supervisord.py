@@ -138,7 +138,7 @@ def test_talking_to_a_real_supervisord(tmp_path: Path) -> None:
     (tmp_path / CONF).write_text(SIMPLE.format(socket=socket, folder=tmp_path))
     supervisor = Supervisor(socket)
     assert not supervisor.alive()
-    with pytest.raises(SupervisorError, match="does not answer"):
+    with pytest.raises(SupervisorError, match="does not respond"):
         supervisor.processes()
     process = subprocess.Popen(command(tmp_path), env=environment(tmp_path))
     try:
