@@ -1,4 +1,4 @@
-"""A GET over asyncio, as small as the controller needs it: one connection, one answer."""
+"""A minimal HTTP GET over asyncio: one connection, one response."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import asyncio
 from contextlib import suppress
 
 MAX_RESPONSE = 8 * 2**20
+"""Bytes of a response that are read."""
 READY_BELOW = 400
+"""Statuses below it mean ready."""
 
 
 class NoResponseError(Exception):
-    """Nobody listens, or what came back is no HTTP, or it did not come in time."""
+    """No server listens, or its response is not HTTP or did not arrive in time."""
 
 
 async def get(port: int, path: str, seconds: float) -> tuple[int, bytes]:
-    """Status and body of ``GET path`` at 127.0.0.1. Raises NoAnswerError."""
+    """Return status and body of ``GET path`` at 127.0.0.1. Raises NoResponseError."""
     try:
         async with asyncio.timeout(seconds):
             return await _get(port, path)
@@ -44,7 +46,7 @@ async def _get(port: int, path: str) -> tuple[int, bytes]:
 
 
 def _complete(received: bytearray) -> bool:
-    """Whether the length that the server announced has come: some keep the connection open."""
+    """Return whether Content-Length bytes have arrived: some servers keep the connection open."""
     head, end, body = received.partition(b"\r\n\r\n")
     if not end:
         return False

@@ -1,9 +1,9 @@
-"""Decide what to do next, from the desired state and what is observed. Pure: no clock, no process.
+"""Decide the next actions from the desired and the observed state. Pure: no clock, no process.
 
-One place decides about every worker: it starts them one at a time, each behind the readiness of
-the one before, replaces those that crash, drains those that are no longer wanted, and replaces all
-of them in turn without going below what serves (`rollout.py`). A decision that was not carried out
-is made again: what was decided is compared with what is observed, never with what was sent.
+It starts workers one at a time, each after the previous one is ready, restarts those that crash,
+drains those that are no longer desired, and replaces all of them in a rollout without reducing
+the number that serves (`rollout.py`). A decision that was not carried out is made again: decisions
+are compared with what is observed, never with what was sent.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from launcher.planning.footprint import CANNOT_LOAD
 
 FIRST_BACKOFF = 0.1
 MAX_BACKOFF = 30.0
-"""Seconds between a crash and the next start: doubled by every crash in a row."""
+"""Seconds between a crash and the next start: doubled by each consecutive crash."""
 CALM_SECONDS = 30.0
-"""A worker that has served for so long has its crashes forgotten."""
+"""Seconds of serving after which a worker's crashes are reset."""
 EARLY_BACKOFF_FACTOR = 10
-"""A crash while loading costs a whole load, so the next try waits longer."""
+"""Factor of the backoff after a crash while loading, since each retry costs a whole load."""
 
 
 def backoff(crashes: int, early: bool) -> float:
@@ -42,8 +42,8 @@ def backoff(crashes: int, early: bool) -> float:
 
 
 def settled(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> bool:
-    """Whether nothing more will happen by itself soon: no rollout, nothing to end, and every wanted
-    slot is ready or has shown that it cannot become so for now."""
+    """Return whether the farm is stable: no rollout, nothing to drain, and every desired slot is
+    ready or cannot become ready for now."""
     if candidate is not None or memory.rollout.active:
         return False
     desired_slots = set(current.desired_slots)
@@ -70,8 +70,8 @@ def decide(
 ) -> Decision:
     """Return the next actions, what to remember, and what became of ``candidate``.
 
-    ``observed``: every slot that supervisord has, also those that no plan has any more.
-    ``silence``: seconds after which a worker that answers nothing is taken for a hanging one.
+    ``observed``: every slot that supervisord has, also those without a place in a plan.
+    ``liveness_timeout``: seconds without a response after which a worker counts as hanging.
     """
     actions: list[Action] = []
     examined = _examined(current, candidate, memory)
@@ -98,7 +98,7 @@ def decide(
     memory, surplus = _drain_surplus(desired_slots, memory, now)
     memory, repeated = _repeat_starts(current, candidate, memory, observed, now)
     # A slot that becomes free in this round is not started before the next: its port, its memory
-    # and its leftovers were not looked at, or for another spec.
+    # and its leftovers were not observed, or for another spec.
     specs = _specs(current, candidate, memory)
     fit = {
         id_: observation
@@ -114,7 +114,7 @@ def decide(
 def _advance(
     id_: str, memory: Memory, observation: Observation, now: float
 ) -> tuple[Record, frozenset[str]]:
-    """Return what has become of a slot since the last look, and the specs that have been ready."""
+    """Return a slot's new record, and the specs that have been ready."""
     record = memory.of(id_)
     if record.state in RESTING:
         if not observation.alive:
@@ -141,8 +141,8 @@ def _advance(
 
 def _never_started(record: Record, observation: Observation) -> bool:
     """Whether the start that was decided has not been carried out yet."""
-    unseen = record.state == "starting" and not record.pid and not observation.alive
-    return unseen and observation.started <= record.last_start
+    not_observed = record.state == "starting" and not record.pid and not observation.alive
+    return not_observed and observation.started <= record.last_start
 
 
 def _check_deadlines(
@@ -154,7 +154,7 @@ def _check_deadlines(
     load_timeout: float,
     liveness_timeout: float,
 ) -> Record:
-    """Mark a worker that is to be killed: not ready in time, or silent for too long."""
+    """Mark a worker to be killed: not ready in time, or without a response for too long."""
     if record.overdue or not observation.alive:
         return record
     if record.state == "starting" and now - record.since > load_timeout:
@@ -168,7 +168,7 @@ def _check_deadlines(
 
 
 def _unfinished_actions(id_: str, record: Record, observation: Observation) -> list[Action]:
-    """Return the action that a slot's state calls for and that is not seen to have happened."""
+    """Return the action that a slot's state requires and whose effect is not observed yet."""
     if observation.alive and record.overdue:
         return [Action("kill", id_)]
     if observation.alive and record.state == "draining" and not observation.stopping:
@@ -183,7 +183,7 @@ def _repeat_starts(
     observed: Mapping[str, Observation],
     now: float,
 ) -> tuple[Memory, list[Action]]:
-    """Repeat a start that was decided and did not happen, unless it has become pointless."""
+    """Repeat a start that did not happen, unless the slot's spec has changed."""
     specs, actions = _specs(current, candidate, memory), []
     for id_, record in memory.records.items():
         if not _never_started(record, observed.get(id_, Observation())):
@@ -198,7 +198,7 @@ def _repeat_starts(
 def _after_exit(
     id_: str, record: Record, observation: Observation, proven: frozenset[str], now: float
 ) -> Record:
-    """A worker's process is gone: drained, unable to load for good, or to be replaced."""
+    """Return the record after the process has ended: drained, failed, or to be restarted."""
     gone = replace(record, pid=0, since=now, overdue=False)
     if record.state == "draining" and not record.overdue:
         return replace(gone, state="stopped", crashes=0, retry_at=now, error="")
@@ -228,7 +228,7 @@ def _exit_description(exit_code: int | None) -> str:
 def _drain_surplus(
     desired_slots: Sequence[str], memory: Memory, now: float
 ) -> tuple[Memory, list[Action]]:
-    """Drain workers that are not wanted, but never the last one that serves."""
+    """Drain workers that are not desired, but never the last one that serves."""
     keep = set(desired_slots)
     serving = any(memory.of(id_).state == "ready" for id_ in keep)
     actions = []
@@ -243,14 +243,13 @@ def _drain_surplus(
 
 
 def _examined(current: Goal, candidate: Goal | None, memory: Memory) -> frozenset[tuple[str, str]]:
-    """Return the slots that were looked at before this round as ones to start, each with the spec
-    for which it was."""
+    """Return (slot, spec) of the slots that were observed as candidates for a start."""
     specs = _specs(current, candidate, memory)
     return frozenset(item for item in specs.items() if memory.of(item[0]).state == "stopped")
 
 
 def _specs(current: Goal, candidate: Goal | None, memory: Memory) -> dict[str, str]:
-    """Return what each wanted slot would be started with now."""
+    """Return the spec that each desired slot would start with now."""
     return {
         id_: rollout.goal_of(id_, current, candidate, memory).target(id_).spec
         for id_ in rollout.desired_slots(current, candidate, memory)
@@ -264,7 +263,7 @@ def _start_next(
     observed: Mapping[str, Observation],
     now: float,
 ) -> tuple[Memory, list[Action]]:
-    """Start one worker, if none is starting. ``observed``: the slots that are fit for it."""
+    """Start one worker, if none is starting. ``observed``: the slots that may start."""
     if any(record.state == "starting" for record in memory.records.values()):
         return memory, []
     # Devices whose free memory is left to a worker of the candidate that waits for more of it.
@@ -326,8 +325,8 @@ def _waiting(id_: str, record: Record, observation: Observation, now: float) -> 
 
 
 def _behind_another(goal: Goal, id_: str, memory: Memory) -> bool:
-    """Whether a slot waits because another one with the same spec on the same device has not been
-    able to load yet: it would fail alike, and each try costs a whole load."""
+    """Return whether a slot waits for another with the same spec and device that failed to load: it
+    would fail too, and each try costs a whole load."""
     target = goal.target(id_)
     if target.spec in memory.proven:
         return False
@@ -341,7 +340,7 @@ def _behind_another(goal: Goal, id_: str, memory: Memory) -> bool:
 
 
 def _pruned(current: Goal, candidate: Goal | None, memory: Memory) -> Memory:
-    """Drop what belongs to slots and specs that no plan has any more."""
+    """Drop records and specs that are in no plan any more."""
     goals = [current, *([candidate] if candidate else [])]
     ids = {target.id for goal in goals for target in goal.targets}
     specs = {target.spec for goal in goals for target in goal.targets}

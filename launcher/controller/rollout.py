@@ -1,8 +1,8 @@
 """Replace workers in turn: a plain rolling restart, or the rollout of a candidate generation.
 
 Pure. A candidate's worker has to become ready before an old one is drained wherever a slot is free;
-slots whose turn has not come go on with the current generation, also when they crash. When the
-candidate cannot load, its workers are replaced by those of the current generation again.
+slots that are still pending keep the current generation, also after a crash. If the candidate
+cannot load, its workers are rolled back to the current generation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from launcher.controller.model import (
 )
 
 ROOM_SECONDS = 3.0
-"""How long a candidate's worker waits for memory before an old one makes room for it."""
+"""Seconds that a candidate's worker waits for memory before an old one is drained for it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Step:
 
 
 def begin(memory: Memory, ids: Sequence[str]) -> Memory:
-    """Put the workers of these slots on the list of those to be replaced."""
+    """Add the workers of these slots to those to be replaced."""
     pending = dict(memory.rollout.pending)
     for id_ in ids:
         if pid := memory.of(id_).pid:
@@ -42,13 +42,13 @@ def begin(memory: Memory, ids: Sequence[str]) -> Memory:
 
 
 def begin_candidate(memory: Memory, candidate: Goal) -> Memory:
-    """Put every worker that is not what the candidate says on the list; forget an older rollout."""
+    """Start a rollout of every worker that differs from the candidate; drop an older rollout."""
     memory = replace(memory, rollout=Rollout())
     return replace(memory, rollout=Rollout(pending=_outdated(candidate, memory)))
 
 
 def _outdated(candidate: Goal, memory: Memory) -> tuple[tuple[str, int], ...]:
-    """Return the slots of the candidate whose worker is another one's and not on the list yet."""
+    """Return the candidate's slots with an outdated worker that is not part of the rollout yet."""
     listed = {*memory.rollout.moving, *(id_ for id_, _ in memory.rollout.pending)}
     return tuple(
         (id_, memory.of(id_).pid)
@@ -60,7 +60,7 @@ def _outdated(candidate: Goal, memory: Memory) -> tuple[tuple[str, int], ...]:
 
 
 def desired_slots(current: Goal, candidate: Goal | None, memory: Memory) -> tuple[str, ...]:
-    """Every slot that is to have a worker now: until a candidate is current, those of both."""
+    """Return every slot that should have a worker now; in a rollout, of both generations."""
     ids = [*(candidate.desired_slots if candidate else ()), *current.desired_slots]
     if memory.rollout.extra:
         ids.append(memory.rollout.extra)
@@ -68,7 +68,7 @@ def desired_slots(current: Goal, candidate: Goal | None, memory: Memory) -> tupl
 
 
 def goal_of(id_: str, current: Goal, candidate: Goal | None, memory: Memory) -> Goal:
-    """Return the generation with which a worker of this slot would be started now."""
+    """Return the generation that a worker of this slot would start with now."""
     if candidate is None:
         return current
     pending = any(id_ == waiting for waiting, _ in memory.rollout.pending)
@@ -77,7 +77,7 @@ def goal_of(id_: str, current: Goal, candidate: Goal | None, memory: Memory) -> 
 
 
 def step(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> Step:
-    """Carry a rolling restart one step further."""
+    """Advance a rolling restart by one step."""
     goal = candidate or current
     memory = replace(memory, rollout=_advanced(goal, candidate, memory, now))
     if error := _failure(current, candidate, memory, now):
@@ -90,8 +90,7 @@ def step(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> S
 
 
 def _advanced(goal: Goal, candidate: Goal | None, memory: Memory, now: float) -> Rollout:
-    """Drop slots that are no longer wanted and those whose successor is ready; list those that
-    became outdated since, or of which the list was lost."""
+    """Drop slots that are done or no longer desired, and add newly outdated ones."""
     pending = list(_outdated(candidate, memory)) if candidate else []
     for id_, pid in memory.rollout.pending:
         record = memory.of(id_)
@@ -123,19 +122,19 @@ def _is_proven(id_: str, goal: Goal, memory: Memory) -> bool:
 
 
 def _waits(record: Record, now: float) -> bool:
-    """Whether a start waits for so long that room should be made for it."""
+    """Return whether a start has waited so long that memory should be freed for it."""
     waits = record.state == "stopped" and bool(record.waits_for)
     return waits and now - record.waits_since > ROOM_SECONDS
 
 
 def _blocked(id_: str, goal: Goal, memory: Memory, now: float) -> bool:
-    """Whether a start has waited in vain, and nothing on its device has changed for as long."""
+    """Return whether a start is blocked and nothing on its device has changed for as long."""
     quiet = _is_quiet(goal.target(id_).device, memory, now, BLOCKED_SECONDS)
     return quiet and memory.of(id_).blocked(now)
 
 
 def _is_quiet(device: str, memory: Memory, now: float, seconds: float) -> bool:
-    """Whether nothing has started or ended on a device for so long."""
+    """Return whether no worker has started or ended on a device for ``seconds``."""
     return all(
         record.state not in ("starting", "draining") and now - record.since >= seconds
         for record in memory.records.values()
@@ -144,7 +143,7 @@ def _is_quiet(device: str, memory: Memory, now: float, seconds: float) -> bool:
 
 
 def _failure(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> str:
-    """Why the rollout cannot go on; empty while it can."""
+    """Return why the rollout cannot continue; empty if it can."""
     rollout = memory.rollout
     if candidate is None:
         suspects = [*(id_ for id_, _ in rollout.pending), *rollout.moving, rollout.extra]
@@ -182,8 +181,7 @@ def _is_stuck(record: Record, now: float) -> bool:
 def _given_up(
     current: Goal, candidate: Goal | None, memory: Memory, error: str, now: float
 ) -> Step:
-    """What the new one cannot do, the others would not do either: leave them as they are, and
-    bring back what has been replaced already."""
+    """Give the rollout up: keep pending workers, and roll back those already replaced."""
     extra, reason = memory.rollout.extra, f"the restart was given up: {error}"
     if extra and memory.of(extra).state == "failed":
         memory = memory.with_record(extra, Record(since=now))
@@ -211,7 +209,7 @@ def _given_up(
 
 
 def _finished(current: Goal, candidate: Goal | None, memory: Memory) -> Step:
-    """Nothing is left to be replaced: a candidate that serves becomes current."""
+    """Finish the rollout: a candidate that serves becomes current."""
     done = replace(memory, rollout=Rollout(error=memory.rollout.error))
     if candidate is None:
         return Step(done)
@@ -225,7 +223,7 @@ def _finished(current: Goal, candidate: Goal | None, memory: Memory) -> Step:
 
 
 def _replace_next(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> Step:
-    """Drain the next worker on the list once everything else is ready."""
+    """Drain the next pending worker once all others are ready."""
     rollout = memory.rollout
     ended = (entry for entry in rollout.pending if not memory.of(entry[0]).alive)
     id_, pid = next(ended, rollout.pending[0] if rollout.pending else ("", 0))
@@ -276,11 +274,11 @@ def _short_of_room(
 
 
 def _make_room(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> Step | None:
-    """Memory is short for one more beside the old ones: end one that is to go anyway.
+    """Free memory for a new worker by ending one that is to be replaced anyway.
 
     The extra worker goes first, then one that the candidate has no slot for, then the next on the
-    list. One at a time, and the last one that serves only where no other way is left. None where
-    it is not short, or nothing of this rollout holds any of it.
+    list. One at a time, and the last one that serves only if nothing else helps. None when memory
+    is not short, or when no worker of this rollout holds any.
     """
     devices = _short_of_room(current, candidate, memory, now)
     if not devices:
@@ -305,7 +303,7 @@ def _make_room(current: Goal, candidate: Goal | None, memory: Memory, now: float
 
 
 def _empty_slot(goal: Goal, memory: Memory) -> str:
-    """An otherwise empty slot, in which one more may serve meanwhile."""
+    """Return an empty slot in which an extra worker can serve during the rollout."""
     if memory.rollout.no_extra:
         return ""
     for target in goal.targets:

@@ -1,6 +1,6 @@
-"""The controller: compare what is desired with what is observed, and act, again and again.
+"""The controller loop: compare the desired with the observed state, and act.
 
-It may die at any time: requests do not pass through it, and what it remembers lies in files.
+It may be killed at any time: requests do not pass through it, and its memory is stored in a file.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ log = logging.getLogger("controller")
 
 BUSY_INTERVAL = 0.2
 CALM_INTERVAL = 1.0
-"""Seconds between two looks, while something is under way and otherwise."""
+"""Seconds between two rounds, while something is under way and otherwise."""
 BUSY_AFTER_EVENT = 3.0
+"""Seconds of short intervals after an event."""
 ROTATE_INTERVAL = 15.0
+"""Seconds between two rotations of nginx's logs."""
 LIVENESS_INTERVAL = 5.0
-"""Seconds between two questions to every ready worker whether it still answers."""
+"""Seconds between two liveness probes of every ready worker."""
 
 
 class RefusedError(Exception):
-    """What was asked for cannot be done; ``status`` is the HTTP status that says so."""
+    """A command cannot be carried out; ``status`` is the HTTP status for it."""
 
     def __init__(self, message: str, status: int = 409) -> None:
         super().__init__(message)
@@ -48,7 +50,7 @@ class RefusedError(Exception):
 
 
 class Controller:
-    """Holds one farm to its desired state. Building one does nothing; ``run`` does."""
+    """Keeps one farm in its desired state. The constructor does nothing; ``run`` loops."""
 
     def __init__(self, farm: Farm, supervisor: Supervisor) -> None:
         self.farm = farm
@@ -56,7 +58,7 @@ class Controller:
         self.desired, self.memory = self.store.read()
         self.observed: dict[str, Observation] = {}
         self.problem = ""
-        """Why nothing can be done at the moment; empty when all is well."""
+        """Why the last round failed; empty if it did not."""
         self._supervisor = supervisor
         self._observer = Observer(farm, supervisor)
         self._wake = asyncio.Event()
@@ -65,7 +67,7 @@ class Controller:
         """pid → pidfd"""
         self._liveness_probed = 0.0
         self._unresponsive_since: dict[int, float] = {}
-        """pid → when it was first asked in vain (monotonic seconds)"""
+        """pid → its first failed liveness probe (monotonic seconds)"""
         self._lock = asyncio.Lock()
         """Held around supervisord's connection and around every change of the desired state."""
         self._stored: tuple[Desired, Memory] | None = None
@@ -97,7 +99,7 @@ class Controller:
         return [id_ for id_, record in self.memory.records.items() if record.state == "ready"]
 
     def generation_of(self, id_: str) -> Generation:
-        """The generation that the slot's worker was started with."""
+        """Return the generation that the slot's worker was started with."""
         spec = self.memory.of(id_).spec
         for generation in reversed(self.farm.generations):
             for slot in generation.plan.slots:
@@ -120,14 +122,14 @@ class Controller:
                     await self._wake.wait()
 
     def _keep_logs(self) -> None:
-        """Rotate nginx's logs, and have those opened again that were deleted."""
+        """Rotate nginx's logs, and have deleted logs reopened."""
         rotate_balancer_logs(self.farm)
         running = [id_ for id_, record in self.memory.records.items() if record.pid]
         names = ["supervisord", "controller", *running]
         reopen_missing_logs(self.farm.state.logs, names, os.getppid())
 
     async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Nothing that goes wrong in one round may end the controller."""
+        """Run ``work``; report any error, so that a failed round does not end the controller."""
         try:
             await work()
             self._report("")
@@ -143,7 +145,7 @@ class Controller:
         self.problem = problem
 
     async def step(self) -> None:
-        """Look, decide, act, remember."""
+        """Observe, decide, save, act."""
         async with self._lock:
             current, candidate = self.current, self.candidate
             await self._observe(current, candidate)
@@ -163,8 +165,8 @@ class Controller:
                 await self._switch_to(self.farm.promoted())
             elif decision.verdict == "given up":
                 await self._switch_to(self.farm.abandoned(self.memory.rollout.error))
-            # Remembered before it is done: a controller that dies in between finds the process.
-            # What cannot be remembered is done all the same: a full disk must stop no replacement.
+            # Saved before acting: after a crash in between the next controller finds the process.
+            # Actions follow even if saving fails: a full disk must not stop a replacement.
             unwritten = None
             try:
                 await self._save()
@@ -178,7 +180,7 @@ class Controller:
                 raise unwritten
 
     async def _reserve(self) -> None:
-        """Let other farms know what workers that are still to load will take of the devices."""
+        """Reserve the device memory of workers that are still to load, for other farms to see."""
         goal = self.candidate or self.current
         generation = self.farm.generations[-1]
         coming = [
@@ -223,8 +225,10 @@ class Controller:
         return max(float(getattr(settings, key)) for settings in workers)
 
     async def _probe_liveness(self) -> None:
-        """Ask the ready workers whether they answer at all. Ours do so whatever the model does,
-        and are never silent for longer than a request may take; an external server may be."""
+        """Probe the liveness of ready workers, except external servers.
+
+        Our workers respond whatever the model does; an external server may block on a request.
+        """
         ready = {
             id_: self.observed[id_].pid
             for id_ in self.ready()
@@ -244,7 +248,7 @@ class Controller:
                 self.observed[id_] = replace(self.observed[id_], unresponsive=unresponsive)
 
     def _execute(self, action: Action) -> None:
-        """Carry an action out. One that fails is decided again in the next round."""
+        """Carry out an action. If it fails, the next round decides it again."""
         log.info("%s %s", action.do, action.id)
         try:
             if action.do == "start":
@@ -277,7 +281,7 @@ class Controller:
             self._stored = now
 
     async def _switch_to(self, farm: Farm) -> None:
-        """Another generation is current, or no candidate is left."""
+        """Switch to a farm with another current generation or without a candidate."""
         if farm.failure:
             log.warning("generation %d stays: %s", farm.current.number, farm.failure)
         elif farm.current.number != self.farm.current.number:
@@ -286,11 +290,11 @@ class Controller:
         logs.set_up(farm.settings.logs.format)
         try:
             await asyncio.to_thread(farms.save, farm)
-        except (StateError, ConfigError) as error:  # a controller after this one decides it again
+        except (StateError, ConfigError) as error:  # the next controller decides it again
             self._report(str(error))
 
     def _watch_processes(self) -> None:
-        """Wake up at the moment in which a worker ends, rather than at the next look."""
+        """Wake up as soon as a worker's process ends, by its pidfd."""
         pids = {observation.pid for observation in self.observed.values() if observation.alive}
         loop = asyncio.get_running_loop()
         for pid in pids - set(self._pidfds):
@@ -312,12 +316,12 @@ class Controller:
             os.close(fd)
 
     def wake(self) -> None:
-        """Look again now, and often for a while."""
+        """Start the next round now, and use short intervals for a while."""
         self._busy_until = time.monotonic() + BUSY_AFTER_EVENT
         self._wake.set()
 
     async def scale(self, count: int | None) -> tuple[str, ...]:
-        """Have ``count`` workers, or as many as the configuration says for None.
+        """Scale to ``count`` workers, or to the configured count for None.
 
         Returns warnings; raises RefusedError with the numbers.
         """
@@ -340,7 +344,7 @@ class Controller:
         return plan.warnings_for(len(self.desired_slots))
 
     async def _check_room(self, count: int) -> None:
-        """Raises RefusedError where the memory that is free now does not hold the new ones."""
+        """Raise RefusedError if the new workers do not fit into the memory that is free now."""
         desired = replace(self.desired, count=count + len(self.current.drained))
         generation = self.farm.current
         goal = Goal.of(self.current.targets, generation.plan.count, desired)
@@ -351,7 +355,7 @@ class Controller:
             raise RefusedError(f"{len(new)} more cannot start now: {refusal}")
 
     async def drain(self, id_: str) -> None:
-        """Empty a slot and keep it empty."""
+        """Drain a slot's worker and keep the slot empty."""
         self._check_slot(id_)
         async with self._lock:
             if id_ in self.desired.drained:
@@ -363,7 +367,7 @@ class Controller:
             await self._set_desired(replace(self.desired, drained=drained))
 
     async def restart(self, ids: tuple[str, ...] = ()) -> None:
-        """Replace workers in turn, all of them where none is named; refill drained slots."""
+        """Restart workers one after another, all of them without ``ids``; refill drained slots."""
         for id_ in ids:
             self._check_slot(id_)
             if id_ not in (*self.desired_slots, *self.desired.drained):
@@ -379,8 +383,10 @@ class Controller:
             await self._set_desired(desired)
 
     async def roll_out(self, number: int, follow: bool) -> None:
-        """Take up a generation that `up` has written. ``follow``: the count that the user had
-        scaled to is superseded by the configuration's."""
+        """Roll out a generation that `up` has written.
+
+        ``follow``: use the configuration's count instead of the scaled one.
+        """
         farm = self.farm
         if number == farm.current.number:
             fresh = replace(farm, candidate=None, failure="")
@@ -412,7 +418,7 @@ class Controller:
             raise RefusedError(f"no worker {id_}; slots: {', '.join(ids)}", status=404)
 
     async def _set_desired(self, desired: Desired) -> None:
-        """Raises RefusedError where it cannot be written down: then it is not desired either."""
+        """Save a new desired state. Raises RefusedError, and keeps the old one, if that fails."""
         before, self.desired = self.desired, desired
         try:
             await self._save()

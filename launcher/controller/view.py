@@ -1,4 +1,4 @@
-"""The farm as the controller reports it."""
+"""The farm's state as ``GET /workers`` reports it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from launcher.controller.run import Controller
 
 
 def view(controller: Controller) -> dict[str, Any]:
-    """``GET /workers`` but for what has to be measured: the wanted slots and whatever runs."""
+    """Return the desired slots and all that run, without what has to be measured."""
     farm, memory, goal = controller.farm, controller.memory, controller.current
     plan, desired = farm.plan, controller.desired
     desired_slots, drained = set(goal.desired_slots), goal.drained
-    shown = [
+    listed = [
         id_
         for id_ in (*goal.by_id, *(id_ for id_ in memory.records if id_ not in goal.by_id))
         if id_ in desired_slots or id_ in drained or memory.of(id_).state != "stopped"
@@ -38,7 +38,7 @@ def view(controller: Controller) -> dict[str, Any]:
         },
         "workers": [
             _worker(controller, id_, memory.of(id_), id_ in desired_slots, id_ in drained)
-            for id_ in shown
+            for id_ in listed
         ],
     }
 

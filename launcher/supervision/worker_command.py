@@ -44,7 +44,7 @@ class Launch:
 def launch(
     settings: Settings, device: Device, *, id: str, port: int, spec: Path, cache: Path
 ) -> Launch:
-    """Return what starts a worker on ``device`` and ``port``. ``spec``: its `worker_spec`'s file."""
+    """Return what starts a worker on ``device`` and ``port``. ``spec``: file of `worker_spec`."""
     on_gpu = device.is_gpu
     # A worker sees one GPU only, as its first.
     name = "cuda:0" if on_gpu else "cpu"

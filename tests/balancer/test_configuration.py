@@ -35,7 +35,7 @@ def config(prefix: Path, **changes: object) -> BalancerConfig:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-def test_every_slot_is_listed_once_and_none_is_ever_given_up(tmp_path: Path) -> None:
+def test_every_slot_is_listed_once_with_max_fails_0(tmp_path: Path) -> None:
     text = render(config(tmp_path))
     workers = text[text.index("upstream workers") : text.index("upstream status")]
     assert re.findall(r"server 127\.0\.0\.1:(\d+) max_fails=0;", workers) == [
@@ -105,7 +105,7 @@ def test_a_refused_file_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_refused_does_not_replace_what_serves(tmp_path: Path) -> None:
+def test_a_rejected_file_does_not_replace_the_current_one(tmp_path: Path) -> None:
     """A killed nginx comes back from the file that is there, so that one has to be sound."""
     program = nginx.find()
     version = nginx.version(program)

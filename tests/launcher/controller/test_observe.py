@@ -137,7 +137,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     return fake
 
 
-def test_what_runs_is_alive_and_what_ended_tells_why(tmp_path: Path, make_setup: MakeSetup) -> None:
+def test_an_ended_slot_has_an_exit_reason(tmp_path: Path, make_setup: MakeSetup) -> None:
     setup = make_setup(tmp_path, CPU)
     setup.supervisor.set("w1", "RUNNING", pid=41)
     setup.supervisor.set("w2", "STOPPING", pid=42)
@@ -206,7 +206,7 @@ def test_a_scale_is_refused_with_the_memory_that_is_free_now(
     driver.bytes_free = 14 * GIB + headroom
     assert refusal_for(generation, ["GPU-1", "GPU-1"]) == ""
     assert refusal_for(generation, []) == ""
-    assert "21 GiB of A card are needed" in refusal_for(generation, ["GPU-1"] * 3)
+    assert "they need 21 GiB of A card" in refusal_for(generation, ["GPU-1"] * 3)
     driver.bytes_free -= 1
     assert refusal_for(generation, ["GPU-1", "GPU-1"]) != ""
 
@@ -364,19 +364,19 @@ def test_last_lines(tmp_path: Path) -> None:
     assert exit_reason(log) == "there are no weights"
     log.write_text("2026-01-02T03:04:05.678Z INFO w1 ready url=http://127.0.0.1:1\n")
     assert exit_reason(log) == "", "it says nothing about an end"
-    told = {"time": "2026-01-02T03:04:05.678Z", "process": "w1", "level": "ERROR"}
-    log.write_text(json.dumps(told | {"message": "cannot load: there are no weights"}) + "\n")
+    record = {"time": "2026-01-02T03:04:05.678Z", "process": "w1", "level": "ERROR"}
+    log.write_text(json.dumps(record | {"message": "cannot load: there are no weights"}) + "\n")
     assert exit_reason(log) == "there are no weights"
-    log.write_text(json.dumps(told | {"level": "INFO", "message": "ready"}) + "\n")
+    log.write_text(json.dumps(record | {"level": "INFO", "message": "ready"}) + "\n")
     assert exit_reason(log) == ""
     log.write_text('{"error": "no weights"}\n')
     assert exit_reason(log) == '{"error": "no weights"}'
-    foreign = "2026-01-02T03:04:05.678Z INFO server exiting: CUDA error 700"
-    log.write_text(f"{foreign}\n")
-    assert exit_reason(log) == foreign, "somebody else's lines stay as they are"
+    external = "2026-01-02T03:04:05.678Z INFO server exiting: CUDA error 700"
+    log.write_text(f"{external}\n")
+    assert exit_reason(log) == external, "lines of other programs are unchanged"
 
 
-def test_last_words_are_those_of_the_process_that_ended(tmp_path: Path) -> None:
+def test_the_exit_reason_is_that_of_the_process_that_ended(tmp_path: Path) -> None:
     """The log outlives many processes, and a crash without a word must not quote another's."""
     log = tmp_path / "w1.log"
     log.write_text("an older process could not load\n")

@@ -104,7 +104,7 @@ class World:
         return " ".join(self.state(target.id) for target in self.current.targets)
 
     def ready(self) -> list[str]:
-        """Workers that take requests: loaded, and not told to end."""
+        """Workers that take requests: loaded, and not signalled to end."""
         return [
             id_
             for id_, process in self.alive.items()

@@ -208,10 +208,10 @@ def test_measured_is_where_the_most_room_of_each_kind_is() -> None:
 
 
 def test_without_room_nothing_is_measured() -> None:
-    with pytest.raises(DoesNotFit, match=r"0 B usable of 1 GiB free, 1\.2 GiB headroom") as told:
+    with pytest.raises(DoesNotFit, match=r"0 B usable of 1 GiB free, 1\.2 GiB headroom") as caught:
         devices_to_measure(gpus(1, 0.5, total=24), Limits())
-    assert "card 1" in str(told.value)
-    assert "budget.headroom" in str(told.value)
+    assert "card 1" in str(caught.value)
+    assert "budget.headroom" in str(caught.value)
     assert len(devices_to_measure(gpus(1, 0.5, total=24), Limits(headroom=0))) == 2
 
 

@@ -112,7 +112,7 @@ def test_the_lock_is_held_by_one_process(place: Path, tmp_path: Path) -> None:
             os.close(handle)
 
 
-def test_links_and_foreign_files_are_not_followed(place: Path, tmp_path: Path) -> None:
+def test_links_and_files_of_other_users_are_ignored(place: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text(json.dumps({"owner": {}, "devices": {"cpu": 1}}))
     reservations.reserve(tmp_path / "one", {"cpu": 3})
