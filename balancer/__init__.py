@@ -1,1 +1,1 @@
-"""nginx in front of the workers: its configuration, its start, its end. Knows addresses only."""
+"""nginx in front of the workers: its configuration, start, reload and end."""

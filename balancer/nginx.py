@@ -1,4 +1,4 @@
-"""The nginx program: where it is, what it is, whether it accepts a configuration."""
+"""The nginx program: find it, read its version, check a configuration with it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from pathlib import Path
 
 from balancer.configuration import CONF, ERROR_LOG
 
-USUAL_PLACES = "/usr/sbin:/usr/local/sbin:/usr/local/bin:/opt/homebrew/bin"
+SYSTEM_PATH = "/usr/sbin:/usr/local/sbin:/usr/local/bin:/opt/homebrew/bin"
 TEST_TIMEOUT = 30.0
+"""Seconds."""
 
 
 class BalancerError(Exception):
-    """nginx is missing, too old, or refuses its configuration. The message is one line."""
+    """nginx is missing, too old, or rejects its configuration. The message is one line."""
 
 
 def find() -> Path:
-    """The nginx program on PATH, or in the places where PATH of a plain user does not look."""
-    found = shutil.which("nginx") or shutil.which("nginx", path=USUAL_PLACES)
+    """Find nginx on PATH, or in system folders that are often missing there."""
+    found = shutil.which("nginx") or shutil.which("nginx", path=SYSTEM_PATH)
     if found is None:
         raise BalancerError(
             "nginx is not installed: run `make setup`, or install the system's package `nginx`"
@@ -28,27 +29,27 @@ def find() -> Path:
 
 
 def version(program: Path) -> tuple[int, ...]:
-    """``(1, 22, 1)``, as the program itself says."""
+    """Return the program's version, such as ``(1, 22, 1)``."""
     done = subprocess.run(
         [str(program), "-v"], capture_output=True, text=True, timeout=TEST_TIMEOUT, check=False
     )
     match = re.search(r"nginx/(\d+(?:\.\d+)+)", done.stderr + done.stdout)
     if match is None:
-        raise BalancerError(f"{program} does not tell its version: is it nginx?")
+        raise BalancerError(f"{program} reports no nginx version; put nginx first on PATH")
     return tuple(int(part) for part in match.group(1).split("."))
 
 
 def command(program: Path, version: tuple[int, ...], prefix: Path, conf: str = CONF) -> list[str]:
-    """The command line that runs nginx in the foreground with everything below ``prefix``."""
+    """Return the command that runs nginx in the foreground with its files below ``prefix``."""
     arguments = [str(program), "-p", f"{prefix}/", "-c", str(prefix / conf)]
     if version >= (1, 19, 5):
-        # Without it nginx complains about the system's error log before it has read its file.
+        # Without it nginx opens the system's error log before it reads its configuration.
         arguments += ["-e", str(prefix / ERROR_LOG)]
     return arguments
 
 
 def test(program: Path, version: tuple[int, ...], prefix: Path, conf: str = CONF) -> None:  # noqa: PT028 - no test
-    """Let nginx itself check the written configuration; raises BalancerError with its complaint."""
+    """Have nginx check a configuration file; raises BalancerError with its error."""
     done = subprocess.run(
         [*command(program, version, prefix, conf), "-t"],
         capture_output=True,
@@ -56,6 +57,6 @@ def test(program: Path, version: tuple[int, ...], prefix: Path, conf: str = CONF
         timeout=TEST_TIMEOUT,
         check=False,
     )
-    complaints = [line for line in done.stderr.splitlines() if "[emerg]" in line] or [done.stderr]
+    errors = [line for line in done.stderr.splitlines() if "[emerg]" in line] or [done.stderr]
     if done.returncode != 0:
-        raise BalancerError(f"nginx refuses {prefix / conf}: {complaints[0].strip()}")
+        raise BalancerError(f"nginx rejects {prefix / conf}: {errors[0].strip()}")

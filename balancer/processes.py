@@ -1,9 +1,12 @@
-"""nginx's processes after the fact: which of them are ours, and how they are ended.
+"""Find and end the nginx processes of a prefix, also after their master was killed.
 
-nginx overwrites the environment that it was given, and after a `kill -9` of its master the
-processes below it live on and hold the port. So the start of every master is written down, and a
-process counts as ours only when its group, the boot, its start time and its open files agree. Where
-that record was lost, the title that nginx gives itself stands for it.
+nginx overwrites its environment, and after a `kill -9` of its master the child processes keep
+running and hold the port. So every master's start is recorded, and a process belongs to it only if
+process group, boot, start time and open files agree. Without the record, nginx's process title and
+open logs identify it.
+
+Read from /proc rather than by psutil: its start times move with the clock, and its list of open
+files leaves out deleted ones.
 """
 
 from __future__ import annotations
@@ -21,17 +24,18 @@ from balancer.configuration import ERROR_LOG
 RECORD = "run/nginx-masters.json"
 PROC = Path("/proc")
 CHECK_SECONDS = 0.02
+"""Seconds between two checks whether processes have ended."""
 KILL_SECONDS = 5.0
-"""How long the kernel may take to end a killed process; one that hangs in it is given up."""
+"""Seconds that the kernel may take to end a killed process before it is ignored."""
 
 
 @dataclass(frozen=True)
 class Master:
-    """One nginx master that was started below a prefix; its pid is also its process group."""
+    """One nginx master of a prefix; its pid is also its process group."""
 
     pid: int
     ticks: int
-    """Start time in clock ticks since boot: with the pid and the boot it names one process."""
+    """Start time in clock ticks since boot: with the pid and the boot it identifies one process."""
     boot: str
 
 
@@ -40,19 +44,19 @@ def boot_id() -> str:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When the process started, in clock ticks since boot; None when there is no such process."""
+    """Return a process's start time in clock ticks since boot; None if it does not run."""
     fields = _stat(pid)
     return int(fields[19]) if fields else None
 
 
 def parent(pid: int) -> int | None:
-    """The process that started it; None when there is no such process."""
+    """Return a process's parent; None if it does not run."""
     fields = _stat(pid)
     return int(fields[1]) if fields else None
 
 
 def _stat(pid: int) -> list[str]:
-    """What the kernel tells of a living process, from its state on; nothing of an ended one."""
+    """Return the fields of a running process's stat from its state on; empty if it has ended."""
     try:
         stat = (PROC / str(pid) / "stat").read_text()
     except OSError:
@@ -63,12 +67,12 @@ def _stat(pid: int) -> list[str]:
 
 
 def this_process() -> Master:
-    """The record of the calling process, to be written before it becomes nginx."""
+    """Return the record of this process, to be written before it execs nginx."""
     return Master(os.getpid(), start_ticks(os.getpid()) or 0, boot_id())
 
 
 def read(prefix: Path) -> list[Master]:
-    """The recorded masters of this boot, oldest first."""
+    """Return the recorded masters of this boot, oldest first."""
     try:
         entries = json.loads((prefix / RECORD).read_text())
         masters = [Master(**entry) for entry in entries]
@@ -86,7 +90,7 @@ def write(prefix: Path, masters: list[Master]) -> None:
 
 
 def running_master(prefix: Path) -> int | None:
-    """The pid of the nginx that serves now, or None."""
+    """Return the pid of the running master, or None."""
     for master in reversed(read(prefix)):
         if start_ticks(master.pid) == master.ticks:
             return master.pid
@@ -94,12 +98,12 @@ def running_master(prefix: Path) -> int | None:
 
 
 def pids() -> list[int]:
-    """Of all processes that there are."""
+    """Return the pids of all processes."""
     return [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit()]
 
 
 def members(master: Master, prefix: Path) -> list[int]:
-    """The living processes of a recorded nginx: never a stranger that got its numbers later."""
+    """Return a master's running processes, never an unrelated one that reuses its pid or group."""
     found, inside = [], f"{prefix.resolve()}/"
     for pid in pids():
         try:
@@ -108,37 +112,36 @@ def members(master: Master, prefix: Path) -> list[int]:
         except ProcessLookupError:
             continue
         ticks = start_ticks(pid)
-        if ticks is not None and ticks >= master.ticks and _holds(pid, inside):
+        if ticks is not None and ticks >= master.ticks and _has_open(pid, inside):
             found.append(pid)
     return found
 
 
-def _holds(pid: int, beginning: str) -> bool:
-    """Whether it has a file open whose path begins so."""
+def _has_open(pid: int, prefix: str) -> bool:
+    """Return whether it has a file open whose path starts with ``prefix``."""
     try:
         return any(
-            str(link.readlink()).startswith(beginning)
-            for link in (PROC / str(pid) / "fd").iterdir()
+            str(link.readlink()).startswith(prefix) for link in (PROC / str(pid) / "fd").iterdir()
         )
     except OSError:
         return False
 
 
 def all_members(prefix: Path) -> list[int]:
-    """Every living nginx process that was ever started below this prefix."""
+    """Return every running nginx process that was started below this prefix."""
     recorded = {pid for master in read(prefix) for pid in members(master, prefix)}
-    return sorted(recorded | _titled(prefix))
+    return sorted(recorded | _find_by_title(prefix))
 
 
-def _titled(prefix: Path) -> set[int]:
+def _find_by_title(prefix: Path) -> set[int]:
     found = set()
     for pid in pids():
         with contextlib.suppress(OSError):
             if (PROC / str(pid) / "cmdline").read_bytes().startswith(b"nginx: "):
                 found.add(pid)
-    # Not all below the prefix: another farm's may lie inside of it.
+    # Only the logs: another farm's directory may be inside the prefix.
     logs = f"{prefix.resolve()}/{ERROR_LOG.rpartition('/')[0]}/nginx-"
-    return {pid for pid in found if start_ticks(pid) and _holds(pid, logs)}
+    return {pid for pid in found if start_ticks(pid) and _has_open(pid, logs)}
 
 
 def send(pids: list[int], number: signal.Signals) -> None:
@@ -150,7 +153,7 @@ def send(pids: list[int], number: signal.Signals) -> None:
 def end(prefix: Path, graceful_seconds: float) -> list[int]:
     """End all nginx processes of this prefix: QUIT, then KILL after ``graceful_seconds``.
 
-    Returns the pids that were found. Blocks until they are gone.
+    Returns the pids that were found. Blocks until they have ended.
     """
     found = all_members(prefix)
     send(found, signal.SIGQUIT)
@@ -166,9 +169,10 @@ def end(prefix: Path, graceful_seconds: float) -> list[int]:
 
 
 def reopen_logs(prefix: Path) -> bool:
-    """Let the running nginx open its log files again, after they were moved aside or deleted.
+    """Have the running nginx reopen its log files after they were moved or deleted.
 
-    False when no nginx runs."""
+    Returns False if no nginx runs.
+    """
     pid = running_master(prefix)
     if pid is None:
         return False

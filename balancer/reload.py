@@ -1,10 +1,9 @@
-"""A reload of nginx's file that loses no request.
+"""Reload nginx's configuration without losing a request.
 
 At SIGHUP the old processes close their idle connections, and a client that sends its next request
-just then gets an error; only from version 1.27.4 on can nginx keep them open for a moment. So the
-connections in use are ended before that, in the one way that no client can miss: while the file
-``run/closing`` exists, each answer says ``Connection: close``. What an old process has not begun to
-answer by then says so by itself.
+at that moment gets an error; nginx can keep them open briefly only from version 1.27.4 on. So open
+connections are closed before: while the file ``run/closing`` exists, each response carries
+``Connection: close``. Old processes add that header themselves to later responses.
 """
 
 from __future__ import annotations
@@ -19,20 +18,22 @@ from balancer.configuration import CLOSING, listening
 from balancer.processes import PROC, parent, pids, running_master, send
 
 CLOSING_SECONDS = 5.0
-"""For the open connections to end. One that is left has been idle for so long, or carries a stream
+"""Seconds for open connections to close. One still open was idle that long, or streams a response
 that began before."""
 START_SECONDS = 10.0
-"""For the new processes to serve. Where they do not, nginx has refused the file."""
+"""Seconds for the new processes to serve. If they do not, nginx has rejected the file."""
 CHECK_SECONDS = 0.01
+"""Seconds between two checks of connections or processes."""
 ESTABLISHED = "01"
+"""Its state in /proc/net/tcp."""
 SHUTTING_DOWN = b"nginx: worker process is shutting down"
 
 
 def reload(prefix: Path) -> bool:
-    """Let the running nginx read its file again.
+    """Have the running nginx read its configuration again.
 
-    Blocks until its new processes alone take requests, for CLOSING_SECONDS + START_SECONDS at most.
-    False when no nginx runs, or when it goes on with the old file because it refuses the new one.
+    Blocks until only its new processes take requests, for CLOSING_SECONDS + START_SECONDS at most.
+    Returns False if no nginx runs, or if it rejects the new file and keeps the old one.
     """
     master = running_master(prefix)
     if master is None:
@@ -50,7 +51,7 @@ def reload(prefix: Path) -> bool:
 
 
 def remove_abandoned_flag(prefix: Path) -> None:
-    """Let connections live again where a reload was killed before it could say so."""
+    """Remove the closing flag that a killed reload left behind."""
     with contextlib.suppress(OSError):
         age = time.time() - (prefix / CLOSING).stat().st_mtime
         if age > 2 * (CLOSING_SECONDS + START_SECONDS):
@@ -58,7 +59,7 @@ def remove_abandoned_flag(prefix: Path) -> None:
 
 
 def connections(port: int) -> set[tuple[str, str]]:
-    """The established connections to a local port: (local, remote) as the kernel writes them."""
+    """Return established connections to a local port: (local, remote) as in /proc/net/tcp."""
     found = set()
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
@@ -70,7 +71,7 @@ def connections(port: int) -> set[tuple[str, str]]:
 
 
 def _wait(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether it became true within that time."""
+    """Wait up to ``seconds``; return whether the condition became true."""
     deadline = time.monotonic() + seconds
     while not (met := condition()) and time.monotonic() < deadline:
         time.sleep(CHECK_SECONDS)
@@ -78,12 +79,12 @@ def _wait(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def _children(master: int) -> set[int]:
-    """The pids of nginx's processes; none where its master has ended."""
+    """Return the pids of nginx's processes; empty if its master has ended."""
     return {pid for pid in pids() if parent(pid) == master}
 
 
 def _are_replaced(master: int, old: set[int]) -> bool:
-    """Whether there are new processes, and no old one takes connections any more."""
+    """Return whether new processes run and no old one accepts connections."""
     return bool(_children(master) - old) and all(_has_stopped(pid) for pid in old)
 
 

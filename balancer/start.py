@@ -1,7 +1,7 @@
-"""``python -m balancer.start``: become nginx, after whatever an earlier one left behind is gone.
+"""``python -m balancer.start``: exec nginx, after releasing the port from an earlier one.
 
-Run by the supervisor in its own process group. When a master was killed, its processes still
-hold the port: they are told to finish what they carry and to let go of it first.
+supervisord runs it in a process group of its own. The processes of a killed master still hold the
+port: they are signalled to finish their requests and to stop listening first.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from balancer import nginx, processes
 from balancer.configuration import CLOSING, listening
 
 RELEASE_CHECK_SECONDS = 0.002
+"""Seconds between two checks of the port."""
 RELEASE_SECONDS = 1.0
-"""How long an old process may take to let go of the port before it is killed."""
+"""Seconds that an old process may take to release the port before it is killed."""
 
 
 def why_not_free(host: str, port: int) -> OSError | None:
-    """Why nginx could not listen there now; None where it could. A `socket.gaierror` says that
-    the host cannot be resolved."""
+    """Return why nginx cannot listen there now; None if it can.
+
+    A `socket.gaierror` means that the host cannot be resolved.
+    """
     try:
         found = socket.getaddrinfo(
             None if host == "*" else host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -41,14 +44,16 @@ def why_not_free(host: str, port: int) -> OSError | None:
 
 
 def port_is_free(host: str, port: int) -> bool:
-    """Whether nginx could listen there now. A host that cannot be resolved counts as free:
-    nginx itself says what is wrong with it."""
+    """Return whether nginx can listen there now.
+
+    A host that cannot be resolved counts as free: nginx itself reports that error.
+    """
     problem = why_not_free(host, port)
     return problem is None or isinstance(problem, socket.gaierror)
 
 
 def release_port(prefix: Path, host: str, port: int) -> None:
-    """Make leftover nginx processes of this prefix stop listening; what they carry may finish."""
+    """Stop leftover nginx processes of this prefix from listening; their requests may finish."""
     old = processes.all_members(prefix)
     if not old:
         return
@@ -68,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
 
     options.program, options.prefix = options.program.absolute(), options.prefix.absolute()
-    os.chdir(options.prefix)  # nginx looks for CLOSING from its current folder
+    os.chdir(options.prefix)  # nginx finds CLOSING relative to its current folder
     (options.prefix / CLOSING).unlink(missing_ok=True)
     arguments = nginx.command(options.program, nginx.version(options.program), options.prefix)
     old = [
@@ -77,9 +82,9 @@ def main() -> None:
         if processes.members(master, options.prefix)
     ]
     processes.write(options.prefix, [*old, processes.this_process()])
-    # Last, since from here on until nginx listens every caller is refused.
+    # Last: clients are refused from here until nginx listens.
     release_port(options.prefix, *listening(options.prefix))
-    os.execv(arguments[0], arguments)  # noqa: S606 - to become nginx is the point
+    os.execv(arguments[0], arguments)  # noqa: S606 - replaces this process
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.config.state import StateDir
 from launcher.supervision import farm as farms
-from launcher.supervision import leftovers as orphans
+from launcher.supervision import leftovers
 from launcher.supervision.farm import Farm
 from launcher.supervision.supervisord import Supervisor
 from launcher.supervision.unix_http import UnixConnection
@@ -104,7 +104,7 @@ def serves(farm: Farm) -> bool:
 def running_farm(state: StateDir) -> Farm:
     """The farm that runs in a state directory. Raises NotRunningError."""
     farm = farms.load(state) if state.path.is_dir() else None
-    if farm is None and orphans.supervisors_of(state.path):
+    if farm is None and leftovers.find_supervisors(state.path):
         raise AwayError(
             f"the records of the farm in {state.path} are lost or unreadable; end what runs with "
             f"`gpufarm down`, then start it with `gpufarm up`"
@@ -124,7 +124,7 @@ def answers(farm: Farm) -> bool:
     control = Supervisor(farm.socket)
     deadline = time.monotonic() + BACK_SECONDS
     while not control.alive():
-        if time.monotonic() > deadline or not orphans.supervisors_of(farm.state.path):
+        if time.monotonic() > deadline or not leftovers.find_supervisors(farm.state.path):
             return False
         time.sleep(0.1)
     return True

@@ -11,11 +11,10 @@ from launcher.cli.client import NotRunningError
 from launcher.config.state import StateDir
 from launcher.planning import reservations
 from launcher.supervision import farm as farms
-from launcher.supervision import leftovers as orphans
-from launcher.supervision import ports
+from launcher.supervision import leftovers, ports
 from launcher.supervision import supervisord as supervisor
 from launcher.supervision.farm import Farm
-from launcher.supervision.measurement_worker import MEASURED_SPEC
+from launcher.supervision.measurement_worker import MEASUREMENT_SPEC
 from launcher.supervision.supervisord import Supervisor
 
 END_GRACE = 60.0
@@ -30,7 +29,7 @@ def bring_down(state: StateDir, say: Callable[[str], None]) -> None:
     something could not be ended."""
     none = NotRunningError(f"no farm is running in {state.path}")
     if not state.path.is_dir():
-        if not orphans.leftovers(state.path):
+        if not leftovers.find(state.path):
             raise none
         state.create()  # it was removed below a running farm
     with state.lock():
@@ -51,9 +50,9 @@ def bring_down(state: StateDir, say: Callable[[str], None]) -> None:
 
 def end_unrecorded(state: StateDir) -> int:
     """End what runs although no record says so. Returns how many processes that were."""
-    supervisors = orphans.supervisors_of(state.path)
-    orphans.end(supervisors, LEFTOVER_SECONDS)  # asked to end, it stops the others in order
-    return len(supervisors) + orphans.clean(state.path, LEFTOVER_SECONDS)
+    supervisors = leftovers.find_supervisors(state.path)
+    leftovers.end(supervisors, LEFTOVER_SECONDS)  # asked to end, it stops the others in order
+    return len(supervisors) + leftovers.clean(state.path, LEFTOVER_SECONDS)
 
 
 def shut_down(farm: Farm) -> None:
@@ -64,15 +63,15 @@ def shut_down(farm: Farm) -> None:
     stop = stop_seconds(farm)
     deadline = time.monotonic() + 2 * stop + END_GRACE
     control = Supervisor(farm.socket)
-    running = orphans.supervisors_of(farm.state.path)
+    running = leftovers.find_supervisors(farm.state.path)
     if control.alive():
         control.shutdown()
     else:
         # Without its socket it can still be asked to end by a signal.
-        orphans.end(running, 0 if not running else 2 * stop + END_GRACE)
-    while orphans.supervisors_of(farm.state.path) and time.monotonic() < deadline:
+        leftovers.end(running, 0 if not running else 2 * stop + END_GRACE)
+    while leftovers.find_supervisors(farm.state.path) and time.monotonic() < deadline:
         time.sleep(POLL)
-    orphans.clean(farm.state.path, graceful_seconds=0 if running else stop)
+    leftovers.clean(farm.state.path, graceful_seconds=0 if running else stop)
 
 
 def stop_seconds(farm: Farm) -> float:
@@ -83,7 +82,7 @@ def stop_seconds(farm: Farm) -> float:
 
 def remove_traces(state: StateDir) -> None:
     """Remove what only a running farm needs; logs, caches, footprints and ports stay."""
-    names = [supervisor.CONF, "nginx.conf", MEASURED_SPEC]
+    names = [supervisor.CONF, "nginx.conf", MEASUREMENT_SPEC]
     for path in (
         *(state.path / name for name in names),
         *(state.farm_file, state.desired_file),

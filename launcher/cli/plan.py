@@ -15,7 +15,7 @@ from launcher.config.sizes import format_size, parse_size_with_unit
 from launcher.config.sources import ConfigError
 from launcher.config.state import StateDir
 from launcher.planning import sizing
-from launcher.planning.devices import discover, imagined
+from launcher.planning.devices import discover, hypothetical_devices
 from launcher.planning.host import overridden
 from launcher.planning.inventory import Device, Footprint, Host
 from launcher.planning.plan import Plan
@@ -58,7 +58,7 @@ def run(
     known = _footprint(footprint)
     if known and measure:
         raise ConfigError("--footprint states what --measure would measure; give one of them")
-    places, notes = imagined(devices), ()
+    places, notes = hypothetical_devices(devices), ()
     host = Host(cores, _size("--ram", ram), _size("--ram", ram), "given", "given")
     if not (devices and known):
         found_host = overridden(sizing.read_host(settings), cores or 0, _size("--ram", ram))
@@ -93,7 +93,7 @@ def _footprint_of(settings: Settings, devices: Sequence[Device], measure: bool) 
     if not measure:
         return sizing.known_footprint(settings, devices, StateDir(settings.state_dir))
     # What starts processes; a plan that measures nothing does without it.
-    from launcher.supervision.measurement_worker import lone_start  # noqa: PLC0415
+    from launcher.supervision.measurement_worker import measurement_start  # noqa: PLC0415
 
     state = StateDir(settings.state_dir).create()
     with state.lock():
@@ -101,7 +101,7 @@ def _footprint_of(settings: Settings, devices: Sequence[Device], measure: bool) 
             settings,
             devices,
             state,
-            lone_start(settings, state),
+            measurement_start(settings, state),
             progress=lambda line: print(line, file=sys.stderr),
             again=True,
         )

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from launcher.config.sizes import format_size
 from launcher.planning.inventory import Device, Footprint, Host
-from launcher.planning.plan import CAP_NAMES, DevicePlan, Plan, is_stated
+from launcher.planning.plan import CAP_NAMES, DevicePlan, Plan, is_limited_by_budget
 
 WIDTH = 1000
 """Where no terminal tells its width, no line is broken."""
@@ -67,7 +67,7 @@ def arithmetic(row: DevicePlan, footprint: Footprint) -> str:
             f"headroom; the first worker needs {_size(footprint.peak)}: {_size(short)} too little"
         )
     free = f"{_size(row.device.free)} free - {_size(row.headroom)} headroom"
-    if is_stated(row.device, row.budget, row.headroom):
+    if is_limited_by_budget(row.device, row.budget, row.headroom):
         free = f"{_size(row.budget)} budget.memory"
     text = (
         f"1 + floor(({free} - {_size(footprint.steady)} first worker"

@@ -16,7 +16,7 @@ from launcher.planning.devices import CPU, discover
 from launcher.planning.held import Held, about_to_use
 from launcher.planning.inventory import Device
 from launcher.planning.plan import DoesNotFit, Plan
-from launcher.supervision.measurement_worker import lone_start
+from launcher.supervision.measurement_worker import measurement_start
 
 Say = Callable[[str], None]
 
@@ -62,7 +62,7 @@ def make_plan(settings: Settings, state: StateDir, say: Say, held: Held | None =
     if footprint is None:
         try:
             footprint = sizing.measure_footprint(
-                settings, found.devices, state, lone_start(settings, state), say
+                settings, found.devices, state, measurement_start(settings, state), say
             )
         except DoesNotFit as error:
             own = sum(mine.devices.values())

@@ -24,9 +24,7 @@ from launcher.planning.plan import Plan
 from launcher.planning.sampling import tree_pss
 from launcher.supervision import farm as farms
 from launcher.supervision import (
-    leftovers as orphans,
-)
-from launcher.supervision import (
+    leftovers,
     ports,
 )
 from launcher.supervision import (
@@ -35,7 +33,7 @@ from launcher.supervision import (
 from launcher.supervision import (
     worker_command as launch,
 )
-from launcher.supervision.exit_reason import last_line
+from launcher.supervision.exit_reason import exit_reason
 from launcher.supervision.farm import Farm, Generation
 from launcher.supervision.supervisord import Supervisor
 
@@ -73,7 +71,7 @@ class Up:
         running = farms.load(self.state)
         if running is not None and answers(running):
             return self._refresh(running)
-        left = orphans.leftovers(self.state.path)
+        left = leftovers.find(self.state.path)
         try:
             return self._start(running, left)
         except BaseException:
@@ -112,7 +110,7 @@ class Up:
         farms.save(farm)
         if left:
             grace = stop_seconds(before) if before else stop_seconds(farm)
-            count = orphans.clean(self.state.path, grace)
+            count = leftovers.clean(self.state.path, grace)
             self.say(f"ended what an earlier farm had left behind ({count} processes)")
         self._spawn(farm)
         return farm
@@ -156,7 +154,7 @@ class Up:
         deadline = time.monotonic() + SUPERVISOR_SECONDS
         while not control.alive():
             if self.child.poll() is not None:
-                raise UpError(f"supervisord ended at once: {last_line(log)}; see {log}")
+                raise UpError(f"supervisord ended at once: {exit_reason(log)}; see {log}")
             if time.monotonic() > deadline:
                 raise UpError(f"supervisord does not answer; see {log}")
             time.sleep(POLL / 4)
@@ -312,7 +310,7 @@ def _held_by_leftovers(before: Farm | None, left: Sequence[psutil.Process]) -> H
     workers = []
     for process in left:
         with suppress(psutil.Error):
-            name = process.environ().get(orphans.NAME_MARK, "")
+            name = process.environ().get(leftovers.NAME_MARK, "")
             if name in device:
                 on_cpu = device[name] == CPU
                 size = tree_pss(process.pid) if on_cpu else 0
@@ -353,7 +351,7 @@ def judged(view: dict[str, Any], number: int) -> dict[str, Any]:
     another generation than ``number`` is current."""
     failed: dict[str, list[str]] = {}
     for worker in view["workers"]:
-        if worker["gave_up"] and worker["wanted"] and worker["error"]:
+        if worker["gave_up"] and worker["desired"] and worker["error"]:
             why = worker["error"].removeprefix(worker["id"]).strip()
             failed.setdefault(why, []).append(worker["id"])
     if failed:

@@ -1,1 +1,1 @@
-"""The controller: what is wanted, what is seen, and the next step."""
+"""The controller: desired state, observed state, and the next step."""

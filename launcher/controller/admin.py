@@ -1,7 +1,7 @@
-"""The controller's HTTP interface on a Unix socket: what the command line and nginx ask.
+"""The controller's HTTP interface on a Unix socket, for the command line and nginx.
 
-Only this user can reach it (mode 0600, in a private directory). nginx passes three paths on to the
-public: /readyz, /health and /metrics, which tell nothing that a stranger could use.
+Only this user can reach it (mode 0600, in a private directory). nginx publishes three of its paths,
+/readyz, /health and /metrics, which reveal nothing sensitive.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from starlette.routing import Route
 
 from launcher.controller.metrics import farm_metrics, join
 from launcher.controller.observe import device_memory
-from launcher.controller.probe import NoAnswerError, get
+from launcher.controller.probe import NoResponseError, get
 from launcher.controller.run import Controller, RefusedError
 from launcher.controller.view import view
 
 log = logging.getLogger("controller")
 
 WORKER_SECONDS = 1.0
-"""How long a worker may take to report its health; a busy external server may not answer at all."""
+"""Timeout for a worker's report in seconds; a busy external server may not respond at all."""
 MEMORY_AGE = 2.0
-"""Reading a process's memory costs milliseconds of its page tables, so it is not done at will."""
+"""Seconds that measured memory is reused: reading it takes milliseconds for each process."""
 SOCKET_CHECK_SECONDS = 1.0
+"""Seconds between two checks that the socket's file exists."""
 PUBLIC_REPORT = ("model", "engine", "provider", "dtype", "sample_rate", "voices")
-"""What /health shows of a worker's own report."""
+"""Fields of a worker's own report that /health includes."""
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -60,7 +61,7 @@ class Admin:
         """When it was measured, of which processes, and the bytes."""
         self._measuring = asyncio.Lock()
         self._unreadable: set[str] = set()
-        """Workers whose metrics page was not one; each is reported once."""
+        """Workers whose metrics page was invalid; each is reported once."""
 
     def app(self) -> Starlette:
         routes = [
@@ -89,7 +90,7 @@ class Admin:
         return guarded
 
     async def workers(self, request: Request) -> Response:
-        """Everything that is known of every worker."""
+        """Return the state of every worker, its memory and its own health report."""
         del request
         described = view(self._controller)
         memory = await self._measured()
@@ -100,7 +101,7 @@ class Admin:
         return JSONResponse(described)
 
     async def scale(self, request: Request) -> Response:
-        """``{"count": N}``, or ``{"count": "auto"}`` for what the configuration says."""
+        """Scale to ``{"count": N}``, or to the configured count with ``{"count": "auto"}``."""
         try:
             count = (await request.json())["count"]
         except (ValueError, KeyError, TypeError):
@@ -108,7 +109,9 @@ class Admin:
         is_number = isinstance(count, int) and not isinstance(count, bool) and count >= 0
         if not is_number and count != "auto":
             return failure(
-                'the body must be {"count": N}, N a whole number or "auto"', 400, "bad_count"
+                'the body must be {"count": N}, with N a non-negative integer or "auto"',
+                400,
+                "bad_count",
             )
         warnings = await self._controller.scale(count if is_number else None)
         return JSONResponse({**view(self._controller), "warnings": list(warnings)})
@@ -123,7 +126,7 @@ class Admin:
         return JSONResponse(view(self._controller))
 
     async def roll_out(self, request: Request) -> Response:
-        """``{"generation": N, "base": N, "follow": bool}``, as `up` has written it."""
+        """Roll out ``{"generation": N, "base": N, "follow": bool}``, which `up` has written."""
         try:
             body = await request.json()
             number, base, follow = int(body["generation"]), int(body["base"]), bool(body["follow"])
@@ -143,7 +146,7 @@ class Admin:
         return JSONResponse({"status": "live"})
 
     async def readyz(self, request: Request) -> Response:
-        """200 when at least one worker takes requests."""
+        """Return 200 when at least one worker is ready."""
         del request
         ready = len(self._controller.ready())
         body = {"status": "ready" if ready else "not ready", "ready": ready}
@@ -152,7 +155,7 @@ class Admin:
         return JSONResponse(body, status_code=503, headers={"Retry-After": "2"})
 
     async def health(self, request: Request) -> Response:
-        """What the public may know: status, model, counts, and the engine in use. 200 as readyz."""
+        """Return what is public: status, model, counts, and the engine. 200 as /readyz."""
         del request
         described = view(self._controller)
         reports = await self._reports()
@@ -179,12 +182,14 @@ class Admin:
             ],
         }
         if failed:
-            body["rollout"] = "the last configuration could not be rolled out; the one before holds"
+            body["rollout"] = (
+                "the last configuration could not be rolled out; the previous one is in force"
+            )
         return JSONResponse(body, status_code=200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:
         del request
-        texts = await self._ask_all("/metrics")
+        texts = await self._get_all("/metrics")
         own = farm_metrics(
             view(self._controller),
             self._controller.memory.replaced,
@@ -194,14 +199,14 @@ class Admin:
         pages = {id_: body.decode(errors="replace") for id_, body in texts.items()}
         page, unreadable = join(pages, own)
         for id_ in sorted(set(unreadable) - self._unreadable):
-            log.warning("%s: its /metrics is not in Prometheus's text format; it is left out", id_)
+            log.warning("%s: its /metrics is not in Prometheus's text format and is left out", id_)
         self._unreadable |= set(unreadable)
         return PlainTextResponse(page, media_type="text/plain; version=0.0.4")
 
     async def _reports(self) -> dict[str, dict[str, Any]]:
-        """What every ready worker of ours says of itself."""
+        """Return the health report of every ready worker, except external servers."""
         reports = {}
-        for id_, body in (await self._ask_all("/health", own=True)).items():
+        for id_, body in (await self._get_all("/health", own=True)).items():
             try:
                 report = json.loads(body)
             except ValueError:
@@ -210,17 +215,17 @@ class Admin:
                 reports[id_] = report
         return reports
 
-    async def _ask_all(self, path: str, own: bool = False) -> dict[str, bytes]:
-        """What every ready worker answers at ``path``; those that do not are left out.
+    async def _get_all(self, path: str, own: bool = False) -> dict[str, bytes]:
+        """Return the response of every ready worker to ``GET path``; failures are left out.
 
-        ``own``: external servers are not asked.
+        ``own``: skip external servers.
         """
         controller = self._controller
 
-        async def ask(id_: str) -> tuple[str, bytes] | None:
+        async def fetch(id_: str) -> tuple[str, bytes] | None:
             try:
                 status, body = await get(controller.farm.port_of(id_), path, WORKER_SECONDS)
-            except NoAnswerError:
+            except NoResponseError:
                 return None
             return (id_, body) if status == 200 else None
 
@@ -229,11 +234,11 @@ class Admin:
             for id_ in controller.ready()
             if not (own and controller.generation_of(id_).is_external)
         ]
-        answers = await asyncio.gather(*map(ask, ids))
-        return dict(answer for answer in answers if answer is not None)
+        responses = await asyncio.gather(*map(fetch, ids))
+        return dict(response for response in responses if response is not None)
 
     async def _measured(self) -> dict[str, int]:
-        """Memory of every living worker, at most MEMORY_AGE old."""
+        """Return the memory of every running worker, at most MEMORY_AGE old."""
         async with self._measuring:
             at, measured, memory = self._memory
             holders = {
@@ -248,10 +253,10 @@ class Admin:
 
 
 class AdminServer(uvicorn.Server):
-    """uvicorn on a Unix socket, quiet, and ending with 0 after SIGTERM.
+    """uvicorn on a Unix socket, without logs, that exits with 0 after SIGTERM.
 
-    It ends as well when its socket's file has been removed: supervisord starts the controller
-    again, which makes another.
+    It also exits when its socket's file was deleted: supervisord restarts the controller, which
+    creates the socket again.
     """
 
     def __init__(self, controller: Controller) -> None:
@@ -268,7 +273,7 @@ class AdminServer(uvicorn.Server):
         self._path = controller.farm.admin_socket
 
     async def serve_on_socket(self) -> None:
-        """Serve until SIGTERM, or until the socket is gone."""
+        """Serve until SIGTERM, or until the socket's file is deleted."""
         bound = listen(self._path)
         guard = asyncio.create_task(self._end_without_socket())
         try:
@@ -285,7 +290,7 @@ class AdminServer(uvicorn.Server):
 
 
 def listen(path: Path) -> socket.socket:
-    """A listening Unix socket that only this user can reach. Raises OSError."""
+    """Return a listening Unix socket that only this user can reach. Raises OSError."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     path.unlink(missing_ok=True)

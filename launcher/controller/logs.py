@@ -1,6 +1,6 @@
 """The controller's log on stderr, in the workers' form: text, or JSON with one object a line.
 
-Of its own, since neither package imports the other.
+Separate from the workers' code, because neither package imports the other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ PROCESS = "controller"
 
 
 class _Formatter(logging.Formatter):
-    """UTC to the millisecond."""
+    """Formats times in UTC with milliseconds."""
 
     converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"

@@ -1,4 +1,4 @@
-"""The whole farm's metrics page: every worker's families, joined, and the controller's own."""
+"""The farm's metrics page: every worker's families joined with the controller's own."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _LABEL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class _Page(Collector):
-    """Families by the name they are exposed under: each comes once, and each series in it once."""
+    """Collects families by exposed name; each family and each series appears once."""
 
     def __init__(self) -> None:
         self._families: dict[str, Metric] = {}
         self._series: set[tuple[str, frozenset[tuple[str, str]]]] = set()
 
     def add(self, family: Metric, worker: str | None = None) -> None:
-        """Add samples, with the label ``worker``. The first type and help of a family hold."""
+        """Add samples, with the label ``worker``. A family keeps its first type and help."""
         name = f"{family.name}_total" if family.type == "counter" else family.name
         for sample in family.samples:
             labelled = sample if worker is None else _labelled(sample, worker)
@@ -43,7 +43,7 @@ class _Page(Collector):
 
 
 def join(expositions: Mapping[str, str], own: Iterable[Metric] = ()) -> tuple[str, list[str]]:
-    """One page in Prometheus's text format, and the workers whose page is left out.
+    """Return one page in Prometheus's text format, and the workers whose page is left out.
 
     Args:
         expositions: a page by the id of the worker that it is from. Each of its series gets the
@@ -67,12 +67,16 @@ def join(expositions: Mapping[str, str], own: Iterable[Metric] = ()) -> tuple[st
 
 
 def _parsed(text: str) -> list[Metric]:
-    """The families of a page. Raises ValueError where it is not in the text format."""
+    """Parse the families of a page. Raises ValueError if it is not in the text format."""
     try:
         families = list(text_string_to_metric_families(text))
-    except (ValueError, LookupError, TypeError) as error:  # the parser's, on what is not for it
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+    ) as error:  # whatever the parser raises on invalid input
         raise ValueError(f"not in Prometheus's text format: {error}") from error
-    # The parser also takes names of the format's newer version; the page is written in the first.
+    # The parser also accepts names of the format's newer version; the page uses the first.
     for family in families:
         for name in (family.name, *(sample.name for sample in family.samples)):
             if not _METRIC_NAME.fullmatch(name):

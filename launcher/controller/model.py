@@ -1,4 +1,4 @@
-"""What decisions are made of: the desired state, what is observed, and what is remembered."""
+"""The data of a decision: desired state, observed state, and what is remembered."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Verdict = Literal["", "promoted", "given up"]
 
 RESTING = ("stopped", "failed")
 MAX_EARLY_CRASHES = 3
-"""A worker that has ended so often before it was ever ready is reported; it is tried on."""
+"""Crashes before it was ever ready after which a worker is reported; it is still retried."""
 BLOCKED_SECONDS = 30.0
-"""A start that has waited so long for memory or for its port is reported, and still waits."""
+"""Seconds of waiting for memory or a port after which a start is reported; it still waits."""
 
 
 @dataclass(frozen=True)
 class Desired:
-    """What the user asked for beyond the configuration; it lasts until `down`."""
+    """The state that the user set beyond the configuration; it lasts until `down`."""
 
     count: int | None = None
     """Slots to use, as `gpufarm scale` set it; None: as the configuration says."""
@@ -29,26 +29,26 @@ class Desired:
 
 @dataclass(frozen=True)
 class Target:
-    """What one slot is to run."""
+    """What one slot should run."""
 
     id: str
     device: str
     spec: str
-    """Digest of everything that its worker is started with, but for its port."""
+    """Digest of everything that starts its worker, except its port."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What one generation of the configuration makes of the farm."""
+    """The desired state of the farm under one generation of the configuration."""
 
     targets: tuple[Target, ...]
     """Every slot of the plan, in order."""
     count: int
-    """How many of them are to have a worker."""
+    """How many of them should have a worker."""
     drained: frozenset[str] = frozenset()
 
     @cached_property
-    def wanted(self) -> tuple[str, ...]:
+    def desired_slots(self) -> tuple[str, ...]:
         """The slots that should have a worker: the first ``count`` that are not drained."""
         usable = [target.id for target in self.targets if target.id not in self.drained]
         return tuple(usable[: max(0, self.count)])
@@ -62,10 +62,10 @@ class Goal:
 
     @classmethod
     def of(cls, targets: tuple[Target, ...], planned: int, desired: Desired) -> Goal:
-        """``planned``: the count of the plan, which holds where the user asked for none."""
+        """Build it. ``planned``: the plan's count, used when the user has set none."""
         drained = desired.drained & {target.id for target in targets}
-        asked = planned if desired.count is None else min(desired.count, len(targets))
-        return cls(targets, asked - len(drained), drained)
+        count = planned if desired.count is None else min(desired.count, len(targets))
+        return cls(targets, count - len(drained), drained)
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,17 @@ class Observation:
     exit_code: int | None = None
     """Of its last process; negative when a signal ended it."""
     ready: bool = False
-    """It has answered. Ignored once it was ready: a busy server may not answer its health path."""
+    """It has responded. Ignored once it was ready: a busy server may not serve its health path."""
     answer: str = ""
-    """What it has answered, while it is asked whether it is ready."""
+    """Its last response to the readiness probe."""
     clear: bool = True
     """Nothing is left of its last process: no child, no device memory."""
     taken_by: str = ""
-    """What listens on its port although no worker of ours does."""
+    """The process that listens on its port and is not its worker."""
     no_room: str = ""
     """Why its device has no memory for one more worker now, with the numbers."""
-    silent: float = 0.0
-    """Seconds for which it has not answered at all; only of servers that always can."""
+    unresponsive: float = 0.0
+    """Seconds for which it has not responded at all; not for external servers."""
     exit_reason: str = ""
     """The last line that its process wrote."""
 
@@ -119,7 +119,7 @@ class Record:
     device: str = ""
     """Where it was started."""
     overdue: bool = False
-    """It is to be killed: it was not ready in time, or answers no more."""
+    """It is to be killed: it was not ready in time, or no longer responds."""
     last_start: float = 0.0
     """supervisord's last start of it before the one that was decided (Unix seconds)."""
     waits_for: Literal["", "port", "memory"] = ""
@@ -138,7 +138,7 @@ class Record:
 
     @property
     def gave_up(self) -> bool:
-        """It has failed for good, or so often that it is reported; the latter is tried again."""
+        """It has failed for good, or so often that it is reported; the latter is retried."""
         early = self.crashes >= MAX_EARLY_CRASHES and not self.proven
         return self.state == "failed" or (early and self.state != "ready")
 
@@ -189,7 +189,7 @@ class Memory:
         return replace(self, replaced={**self.replaced, reason: self.replaced.get(reason, 0) + 1})
 
     def reset(self, ids: tuple[str, ...]) -> Memory:
-        """Forget why these slots were given up or wait: somebody asked again."""
+        """Clear the errors and waits of these slots, for a new attempt by the user."""
         memory = replace(self, rollout=replace(self.rollout, error=""))
         for id_ in ids:
             record = memory.of(id_)

@@ -1,4 +1,4 @@
-"""Observe the slots: what supervisord says, the ports, the devices, what a dead worker left."""
+"""Observe the slots: supervisord's processes, ports, devices, and leftovers of dead workers."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ import psutil
 
 from launcher.config.sizes import format_size
 from launcher.controller.model import Memory, Observation
-from launcher.controller.probe import READY_BELOW, NoAnswerError, get
+from launcher.controller.probe import READY_BELOW, NoResponseError, get
 from launcher.planning import sizing
 from launcher.planning.devices import CPU
 from launcher.planning.inventory import Device
 from launcher.planning.nvml import Driver
 from launcher.planning.sampling import tree_pss
-from launcher.supervision import leftovers as orphans
-from launcher.supervision.exit_reason import words_since
+from launcher.supervision import leftovers
+from launcher.supervision.exit_reason import exit_reason_since
 from launcher.supervision.farm import Farm, Generation
 from launcher.supervision.supervisord import GRACE_AFTER_REQUEST, LOGS, ProcessInfo, Supervisor
 
 PROBE_SECONDS = 2.0
+"""Timeout of a probe in seconds."""
 MEMORY_SECONDS = 30.0
-"""How long the memory of a process that has ended may take to leave the driver's list."""
+"""Seconds that the driver may still list a process that has ended."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a slot would be started with, as far as it has to be looked at before."""
+    """The generation and device that a slot would start with."""
 
     generation: Generation
     device: Device
 
 
 class Observer:
-    """The controller's eyes. ``look`` blocks: call it in a thread."""
+    """Observes the slots of a farm. ``observe`` blocks: call it in a thread."""
 
     def __init__(self, farm: Farm, supervisor: Supervisor) -> None:
         self.farm = farm
@@ -46,13 +47,13 @@ class Observer:
         self._gone_since: dict[str, float] = {}
         self._last_pid: dict[str, int] = {}
 
-    def look(
+    def observe(
         self, memory: Memory, starts: Mapping[str, Start], external: Collection[str]
     ) -> dict[str, Observation]:
-        """Every slot that supervisord has, but for its readiness. Raises SupervisorError.
+        """Observe every slot of supervisord, except its readiness. Raises SupervisorError.
 
-        ``starts``: the slots that are to have a worker, and how it would be started. ``external``:
-        those whose running worker is a server that the user brought.
+        ``starts``: the slots that should have a worker, and how it would start. ``external``: the
+        slots whose running worker is an external server.
         """
         infos = {
             id_: info
@@ -89,7 +90,7 @@ class Observer:
             clear = self._is_clear(id_, start.device, drained=record.crashes == 0)
             no_room = _no_room(start) if clear else ""
         else:
-            self._sweep(id_)
+            self._end_leftovers(id_)
         log = self.farm.state.path / LOGS / f"{id_}.log"
         return Observation(
             started=info.started,
@@ -97,22 +98,21 @@ class Observer:
             clear=clear,
             taken_by=listener_of(port) if port in taken else "",
             no_room=no_room,
-            exit_reason=words_since(log, info.started) if record.alive else "",
+            exit_reason=exit_reason_since(log, info.started) if record.alive else "",
         )
 
     def _is_clear(self, id_: str, device: Device, drained: bool) -> bool:
-        """Whether nothing is left of the slot's last worker; ends what is.
+        """Return whether nothing is left of the slot's last worker; end what is.
 
-        ``drained``: it was sent its stop signal. Then a server whose wrapper has gone already may
-        finish.
+        ``drained``: it was sent its stop signal. Then a server whose wrapper has ended may finish.
         """
         if id_ in self._clear:
             return True
         since = self._gone_since.setdefault(id_, time.monotonic())
-        if left := orphans.marked(self.farm.state.path, id_):
+        if left := leftovers.marked(self.farm.state.path, id_):
             if drained and time.monotonic() - since < self._grace:
                 return False
-            orphans.kill(left)
+            leftovers.kill(left)
         waited = time.monotonic() - since
         if device.is_gpu and waited < MEMORY_SECONDS and self._holds_memory(id_, device):
             return False
@@ -123,17 +123,17 @@ class Observer:
     def _grace(self) -> float:
         return self.farm.settings.workers.request_timeout + GRACE_AFTER_REQUEST
 
-    def _sweep(self, id_: str) -> None:
-        """End what a stopped worker's process has left behind, once it had time to finish."""
+    def _end_leftovers(self, id_: str) -> None:
+        """End leftover processes of a stopped worker after the grace period."""
         if id_ in self._clear or id_ not in self._last_pid:
             return
         since = self._gone_since.setdefault(id_, time.monotonic())
         if time.monotonic() - since > self._grace:
-            orphans.kill(orphans.marked(self.farm.state.path, id_))
+            leftovers.kill(leftovers.marked(self.farm.state.path, id_))
             self._clear.add(id_)
 
     def _holds_memory(self, id_: str, device: Device) -> bool:
-        """Whether the driver still lists the slot's last process."""
+        """Return whether the driver still lists the slot's last process."""
         driver = Driver.open()
         if driver is None:
             return False
@@ -144,32 +144,36 @@ class Observer:
                 return False
         return self._last_pid.get(id_) in tenants
 
-    async def asked(self, id_: str, seen: Observation, generation: Generation) -> Observation:
-        """What is observed of a slot, and whether its worker answers its readiness path."""
+    async def with_readiness(
+        self, id_: str, observation: Observation, generation: Generation
+    ) -> Observation:
+        """Return the observation with the result of the worker's readiness probe."""
         external = generation.is_external
         path = generation.settings.model.ready_url if external else "/readyz"
         try:
             status, _ = await get(self.farm.port_of(id_), path, PROBE_SECONDS)
-        except NoAnswerError:
-            return seen
-        # A server that was given no path need not have a page at "/": that it answers is enough.
+        except NoResponseError:
+            return observation
+        # Without a configured path the server need not have a page at "/": any response will do.
         any_page = external and path == "/" and status < 500
         ready = status < READY_BELOW or any_page
         key = " (model.ready_url)" if external else ""
-        return replace(seen, ready=ready, answer=f"{path}{key} was answered {status}")
+        return replace(observation, ready=ready, answer=f"{path}{key} returned {status}")
 
-    async def answers(self, id_: str) -> bool:
-        """Whether the slot's worker, one of ours, says anything at all."""
+    async def is_live(self, id_: str) -> bool:
+        """Return whether the slot's worker responds to /livez; not for external servers."""
         try:
             await get(self.farm.port_of(id_), "/livez", PROBE_SECONDS)
-        except NoAnswerError:
+        except NoResponseError:
             return False
         return True
 
 
 def refusal_for(generation: Generation, devices: Sequence[str]) -> str:
-    """Why workers on these devices, named once for each, do not fit into the memory that is free
-    now; empty where they do."""
+    """Return why new workers do not fit into the memory that is free now; empty if they do.
+
+    ``devices`` holds one entry a worker.
+    """
     footprint = generation.plan.footprint
     for row in generation.plan.devices:
         if not (more := devices.count(row.id)):
@@ -178,14 +182,14 @@ def refusal_for(generation: Generation, devices: Sequence[str]) -> str:
         free = free_memory(generation, row.device)
         if free is not None and need > free - row.headroom:
             return (
-                f"{format_size(need)} of {row.device.name} are needed, {format_size(free)} are "
-                f"free, {format_size(row.headroom)} of it headroom"
+                f"they need {format_size(need)} of {row.device.name}, and {format_size(free)} are "
+                f"free, of which {format_size(row.headroom)} are headroom"
             )
     return ""
 
 
 def _no_room(start: Start) -> str:
-    """Why the device has no memory for one more worker now; empty where it has."""
+    """Return why the device has no memory for one more worker now; empty if it has."""
     need, device = start.generation.plan.footprint.peak, start.device
     free = free_memory(start.generation, device)
     if free is None or free >= need:
@@ -197,7 +201,7 @@ def _no_room(start: Start) -> str:
 
 
 def free_memory(generation: Generation, device: Device) -> int | None:
-    """Bytes that are free on a device now; None where the driver does not say."""
+    """Return the bytes free on a device now; None if the driver does not report them."""
     if not device.is_gpu:
         return sizing.read_host(generation.settings).ram_free
     driver = Driver.open()
@@ -211,7 +215,7 @@ def free_memory(generation: Generation, device: Device) -> int | None:
 
 
 def listener_of(port: int) -> str:
-    """Name what has a port, for an error message."""
+    """Name the process that listens on a port, for an error message."""
     with suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
             mine = connection.laddr and connection.laddr.port == port
@@ -222,7 +226,7 @@ def listener_of(port: int) -> str:
 
 
 def device_memory(holders: Mapping[str, tuple[int, str]]) -> dict[str, int]:
-    """Bytes held by each slot's worker: on its GPU as far as the driver tells, else in RAM.
+    """Return the bytes that each slot's worker holds: on its GPU if reported, else in RAM.
 
     ``holders``: slot → pid and device id.
     """
@@ -237,7 +241,7 @@ def device_memory(holders: Mapping[str, tuple[int, str]]) -> dict[str, int]:
             family = {pid}
             with suppress(psutil.Error):
                 family |= {child.pid for child in psutil.Process(pid).children(recursive=True)}
-            # In a container the driver lists the host's numbers of processes, which match none.
+            # In a container the driver lists the host's pids, which match no process here.
             if own := [t.bytes for t in driver.tenants(device) if t.pid in family and t.bytes]:
                 held[id_] = sum(own)
     return held

@@ -1,25 +1,27 @@
-"""A GET over asyncio, as small as the controller needs it: one connection, one answer."""
+"""A minimal HTTP GET over asyncio: one connection, one response."""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
 
-LARGEST_ANSWER = 8 * 2**20
+MAX_RESPONSE = 8 * 2**20
+"""Bytes of a response that are read."""
 READY_BELOW = 400
+"""Statuses below it mean ready."""
 
 
-class NoAnswerError(Exception):
-    """Nobody listens, or what came back is no HTTP, or it did not come in time."""
+class NoResponseError(Exception):
+    """No server listens, or its response is not HTTP or did not arrive in time."""
 
 
 async def get(port: int, path: str, seconds: float) -> tuple[int, bytes]:
-    """Status and body of ``GET path`` at 127.0.0.1. Raises NoAnswerError."""
+    """Return status and body of ``GET path`` at 127.0.0.1. Raises NoResponseError."""
     try:
         async with asyncio.timeout(seconds):
             return await _get(port, path)
     except (OSError, TimeoutError, ValueError, IndexError, EOFError) as error:
-        raise NoAnswerError(f"127.0.0.1:{port}{path}: {error or type(error).__name__}") from None
+        raise NoResponseError(f"127.0.0.1:{port}{path}: {error or type(error).__name__}") from None
 
 
 async def _get(port: int, path: str) -> tuple[int, bytes]:
@@ -33,7 +35,7 @@ async def _get(port: int, path: str) -> tuple[int, bytes]:
         received = bytearray()
         while chunk := await reader.read(65536):
             received += chunk
-            if len(received) > LARGEST_ANSWER or _complete(received):
+            if len(received) > MAX_RESPONSE or _complete(received):
                 break
     finally:
         writer.close()
@@ -44,7 +46,7 @@ async def _get(port: int, path: str) -> tuple[int, bytes]:
 
 
 def _complete(received: bytearray) -> bool:
-    """Whether the length that the server announced has come: some keep the connection open."""
+    """Return whether Content-Length bytes have arrived: some servers keep the connection open."""
     head, end, body = received.partition(b"\r\n\r\n")
     if not end:
         return False

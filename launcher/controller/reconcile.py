@@ -1,9 +1,9 @@
-"""Decide what to do next, from the desired state and what is observed. Pure: no clock, no process.
+"""Decide the next actions from the desired and the observed state. Pure: no clock, no process.
 
-One place decides about every worker: it starts them one at a time, each behind the readiness of
-the one before, replaces those that crash, drains those that are no longer wanted, and replaces all
-of them in turn without going below what serves (`rollout.py`). A decision that was not carried out
-is made again: what was decided is compared with what is observed, never with what was sent.
+It starts workers one at a time, each after the previous one is ready, restarts those that crash,
+drains those that are no longer desired, and replaces all of them in a rollout without reducing
+the number that serves (`rollout.py`). A decision that was not carried out is made again: decisions
+are compared with what is observed, never with what was sent.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from launcher.planning.footprint import CANNOT_LOAD
 
 FIRST_BACKOFF = 0.1
 MAX_BACKOFF = 30.0
-"""Seconds between a crash and the next start: doubled by every crash in a row."""
+"""Seconds between a crash and the next start: doubled by each consecutive crash."""
 CALM_SECONDS = 30.0
-"""A worker that has served for so long has its crashes forgotten."""
+"""Seconds of serving after which a worker's crashes are reset."""
 EARLY_BACKOFF_FACTOR = 10
-"""A crash while loading costs a whole load, so the next try waits longer."""
+"""Factor of the backoff after a crash while loading, since each retry costs a whole load."""
 
 
 def backoff(crashes: int, early: bool) -> float:
@@ -42,19 +42,19 @@ def backoff(crashes: int, early: bool) -> float:
 
 
 def settled(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> bool:
-    """Whether nothing more will happen by itself soon: no rollout, nothing to end, and every wanted
-    slot is ready or has shown that it cannot become so for now."""
+    """Return whether the farm is stable: no rollout, nothing to drain, and every desired slot is
+    ready or cannot become ready for now."""
     if candidate is not None or memory.rollout.active:
         return False
-    wanted = set(current.wanted)
-    if any(id_ not in wanted for id_, record in memory.records.items() if record.alive):
+    desired_slots = set(current.desired_slots)
+    if any(id_ not in desired_slots for id_, record in memory.records.items() if record.alive):
         return False
     return all(
         memory.of(id_).state == "ready"
         or memory.of(id_).gave_up
         or memory.of(id_).blocked(now)
         or (memory.of(id_).state == "stopped" and _behind_another(current, id_, memory))
-        for id_ in wanted
+        for id_ in desired_slots
     )
 
 
@@ -66,34 +66,45 @@ def decide(
     *,
     now: float,
     load_timeout: float,
-    silence: float = float("inf"),
+    liveness_timeout: float = float("inf"),
 ) -> Decision:
     """Return the next actions, what to remember, and what became of ``candidate``.
 
-    ``observed``: every slot that supervisord has, also those that no plan has any more.
-    ``silence``: seconds after which a worker that answers nothing is taken for a hanging one.
+    ``observed``: every slot that supervisord has, also those without a place in a plan.
+    ``liveness_timeout``: seconds without a response after which a worker counts as hanging.
     """
     actions: list[Action] = []
     examined = _examined(current, candidate, memory)
     for id_ in dict.fromkeys((*memory.records, *observed)):
-        seen = observed.get(id_, Observation())
-        record, proven = _advance(id_, memory, seen, now)
-        record = _judge_time(id_, record, seen, now, load_timeout=load_timeout, silence=silence)
+        observation = observed.get(id_, Observation())
+        record, proven = _advance(id_, memory, observation, now)
+        record = _check_deadlines(
+            id_,
+            record,
+            observation,
+            now,
+            load_timeout=load_timeout,
+            liveness_timeout=liveness_timeout,
+        )
         memory = replace(memory.with_record(id_, record), proven=proven)
-        actions += _repeated(id_, record, seen)
+        actions += _unfinished_actions(id_, record, observation)
     step = rollout.step(current, candidate, memory, now)
     memory, actions = step.memory, [*actions, *step.actions]
     if step.verdict == "promoted" and candidate is not None:
         current, candidate = candidate, None
     elif step.verdict == "given up":
         candidate = None
-    wanted = rollout.wanted(current, candidate, memory)
-    memory, surplus = _drain_surplus(wanted, memory, now)
-    memory, repeated = _start_again(current, candidate, memory, observed, now)
+    desired_slots = rollout.desired_slots(current, candidate, memory)
+    memory, surplus = _drain_surplus(desired_slots, memory, now)
+    memory, repeated = _repeat_starts(current, candidate, memory, observed, now)
     # A slot that becomes free in this round is not started before the next: its port, its memory
-    # and its leftovers were not looked at, or for another spec.
+    # and its leftovers were not observed, or for another spec.
     specs = _specs(current, candidate, memory)
-    fit = {id_: seen for id_, seen in observed.items() if (id_, specs.get(id_)) in examined}
+    fit = {
+        id_: observation
+        for id_, observation in observed.items()
+        if (id_, specs.get(id_)) in examined
+    }
     memory, started = _start_next(current, candidate, memory, fit, now)
     return Decision(
         _pruned(current, candidate, memory), (*actions, *surplus, *repeated, *started), step.verdict
@@ -101,25 +112,25 @@ def decide(
 
 
 def _advance(
-    id_: str, memory: Memory, seen: Observation, now: float
+    id_: str, memory: Memory, observation: Observation, now: float
 ) -> tuple[Record, frozenset[str]]:
-    """Return what has become of a slot since the last look, and the specs that have been ready."""
+    """Return a slot's new record, and the specs that have been ready."""
     record = memory.of(id_)
     if record.state in RESTING:
-        if not seen.alive:
+        if not observation.alive:
             return record, memory.proven
         # Not started by this controller: one before it did, or an operator.
-        state: State = "draining" if seen.stopping else "starting"
-        record = replace(record, state=state, pid=seen.pid, since=now, overdue=False)
-    elif _never_started(record, seen):
+        state: State = "draining" if observation.stopping else "starting"
+        record = replace(record, state=state, pid=observation.pid, since=now, overdue=False)
+    elif _never_started(record, observation):
         return record, memory.proven
-    elif not seen.alive or (record.pid and seen.pid != record.pid):
-        return _ended(id_, record, seen, memory.proven, now), memory.proven
+    elif not observation.alive or (record.pid and observation.pid != record.pid):
+        return _after_exit(id_, record, observation, memory.proven, now), memory.proven
     if not record.pid:
-        record = replace(record, pid=seen.pid)
-    if seen.stopping and record.state != "draining":
+        record = replace(record, pid=observation.pid)
+    if observation.stopping and record.state != "draining":
         return replace(record, state="draining", since=now), memory.proven
-    if record.state == "starting" and seen.ready and not record.overdue:
+    if record.state == "starting" and observation.ready and not record.overdue:
         took = round(now - record.since, 3)
         ready = replace(record, state="ready", since=now, ready_seconds=took, proven=True, error="")
         return ready, memory.proven | {record.spec}
@@ -128,45 +139,51 @@ def _advance(
     return record, memory.proven
 
 
-def _never_started(record: Record, seen: Observation) -> bool:
+def _never_started(record: Record, observation: Observation) -> bool:
     """Whether the start that was decided has not been carried out yet."""
-    unseen = record.state == "starting" and not record.pid and not seen.alive
-    return unseen and seen.started <= record.last_start
+    not_observed = record.state == "starting" and not record.pid and not observation.alive
+    return not_observed and observation.started <= record.last_start
 
 
-def _judge_time(
-    id_: str, record: Record, seen: Observation, now: float, *, load_timeout: float, silence: float
+def _check_deadlines(
+    id_: str,
+    record: Record,
+    observation: Observation,
+    now: float,
+    *,
+    load_timeout: float,
+    liveness_timeout: float,
 ) -> Record:
-    """Mark a worker that is to be killed: not ready in time, or silent for too long."""
-    if record.overdue or not seen.alive:
+    """Mark a worker to be killed: not ready in time, or without a response for too long."""
+    if record.overdue or not observation.alive:
         return record
     if record.state == "starting" and now - record.since > load_timeout:
-        answer = f": {seen.answer}" if seen.answer else ""
+        answer = f": {observation.answer}" if observation.answer else ""
         error = f"{id_} was not ready within {load_timeout:g} s{answer}"
         return replace(record, overdue=True, error=error)
-    if record.state == "ready" and seen.silent > silence:
-        error = f"{id_} did not answer for {seen.silent:.0f} s, and was killed"
+    if record.state == "ready" and observation.unresponsive > liveness_timeout:
+        error = f"{id_} did not answer for {observation.unresponsive:.0f} s, and was killed"
         return replace(record, overdue=True, error=error)
     return record
 
 
-def _repeated(id_: str, record: Record, seen: Observation) -> list[Action]:
-    """Return the action that a slot's state calls for and that is not seen to have happened."""
-    if seen.alive and record.overdue:
+def _unfinished_actions(id_: str, record: Record, observation: Observation) -> list[Action]:
+    """Return the action that a slot's state requires and whose effect is not observed yet."""
+    if observation.alive and record.overdue:
         return [Action("kill", id_)]
-    if seen.alive and record.state == "draining" and not seen.stopping:
+    if observation.alive and record.state == "draining" and not observation.stopping:
         return [Action("drain", id_)]
     return []
 
 
-def _start_again(
+def _repeat_starts(
     current: Goal,
     candidate: Goal | None,
     memory: Memory,
     observed: Mapping[str, Observation],
     now: float,
 ) -> tuple[Memory, list[Action]]:
-    """Repeat a start that was decided and did not happen, unless it has become pointless."""
+    """Repeat a start that did not happen, unless the slot's spec has changed."""
     specs, actions = _specs(current, candidate, memory), []
     for id_, record in memory.records.items():
         if not _never_started(record, observed.get(id_, Observation())):
@@ -178,20 +195,20 @@ def _start_again(
     return memory, actions
 
 
-def _ended(
-    id_: str, record: Record, seen: Observation, proven: frozenset[str], now: float
+def _after_exit(
+    id_: str, record: Record, observation: Observation, proven: frozenset[str], now: float
 ) -> Record:
-    """A worker's process is gone: drained, unable to load for good, or to be replaced."""
+    """Return the record after the process has ended: drained, failed, or to be restarted."""
     gone = replace(record, pid=0, since=now, overdue=False)
     if record.state == "draining" and not record.overdue:
         return replace(gone, state="stopped", crashes=0, retry_at=now, error="")
-    reason = f": {seen.exit_reason}" if seen.exit_reason else ""
+    reason = f": {observation.exit_reason}" if observation.exit_reason else ""
     early = record.state == "starting"
-    for_good = early and seen.exit_code == CANNOT_LOAD and not record.overdue
+    for_good = early and observation.exit_code == CANNOT_LOAD and not record.overdue
     if for_good and record.spec not in proven:
         return replace(gone, state="failed", error=f"{id_} could not load{reason}")
     crashes = record.crashes + 1
-    how = _how(seen.exit_code)
+    how = _exit_description(observation.exit_code)
     error = record.error if record.overdue else f"{id_} ended {how}{reason}"
     if early and not record.proven:
         if record.overdue:  # the next try takes as long again: this one was enough to report it
@@ -202,17 +219,17 @@ def _ended(
     return replace(gone, state="stopped", crashes=crashes, retry_at=now + wait, error=error)
 
 
-def _how(exit_code: int | None) -> str:
+def _exit_description(exit_code: int | None) -> str:
     if exit_code is None or exit_code < 0:
         return "by a signal"
     return f"with exit code {exit_code}"
 
 
 def _drain_surplus(
-    wanted: Sequence[str], memory: Memory, now: float
+    desired_slots: Sequence[str], memory: Memory, now: float
 ) -> tuple[Memory, list[Action]]:
-    """Drain workers that are not wanted, but never the last one that serves."""
-    keep = set(wanted)
+    """Drain workers that are not desired, but never the last one that serves."""
+    keep = set(desired_slots)
     serving = any(memory.of(id_).state == "ready" for id_ in keep)
     actions = []
     for id_, record in memory.records.items():
@@ -226,17 +243,16 @@ def _drain_surplus(
 
 
 def _examined(current: Goal, candidate: Goal | None, memory: Memory) -> frozenset[tuple[str, str]]:
-    """Return the slots that were looked at before this round as ones to start, each with the spec
-    for which it was."""
+    """Return (slot, spec) of the slots that were observed as candidates for a start."""
     specs = _specs(current, candidate, memory)
     return frozenset(item for item in specs.items() if memory.of(item[0]).state == "stopped")
 
 
 def _specs(current: Goal, candidate: Goal | None, memory: Memory) -> dict[str, str]:
-    """Return what each wanted slot would be started with now."""
+    """Return the spec that each desired slot would start with now."""
     return {
         id_: rollout.goal_of(id_, current, candidate, memory).target(id_).spec
-        for id_ in rollout.wanted(current, candidate, memory)
+        for id_ in rollout.desired_slots(current, candidate, memory)
     }
 
 
@@ -247,26 +263,31 @@ def _start_next(
     observed: Mapping[str, Observation],
     now: float,
 ) -> tuple[Memory, list[Action]]:
-    """Start one worker, if none is starting. ``observed``: the slots that are fit for it."""
+    """Start one worker, if none is starting. ``observed``: the slots that may start."""
     if any(record.state == "starting" for record in memory.records.values()):
         return memory, []
     # Devices whose free memory is left to a worker of the candidate that waits for more of it.
     short: set[str] = set()
-    for id_ in rollout.wanted(current, candidate, memory):
-        record, seen = memory.of(id_), observed.get(id_)
-        if seen is None:
+    for id_ in rollout.desired_slots(current, candidate, memory):
+        record, observation = memory.of(id_), observed.get(id_)
+        if observation is None:
             continue
         goal = rollout.goal_of(id_, current, candidate, memory)
         due = record.state == "stopped" and record.retry_at <= now
-        if not due or seen.alive or not seen.clear or _behind_another(goal, id_, memory):
+        if (
+            not due
+            or observation.alive
+            or not observation.clear
+            or _behind_another(goal, id_, memory)
+        ):
             continue
         device = goal.target(id_).device
         if goal is not candidate and device in short:
             continue
-        if seen.taken_by or seen.no_room:
-            if seen.no_room and goal is candidate:
+        if observation.taken_by or observation.no_room:
+            if observation.no_room and goal is candidate:
                 short.add(device)
-            memory = memory.with_record(id_, _waiting(id_, record, seen, now))
+            memory = memory.with_record(id_, _waiting(id_, record, observation, now))
             continue
         target = goal.target(id_)
         spec = target.spec
@@ -276,7 +297,7 @@ def _start_next(
             state="starting",
             pid=0,
             since=now,
-            last_start=seen.started,
+            last_start=observation.started,
             spec=spec,
             device=target.device,
             restarts=record.restarts + again,
@@ -291,17 +312,21 @@ def _start_next(
     return memory, []
 
 
-def _waiting(id_: str, record: Record, seen: Observation, now: float) -> Record:
-    what: Literal["port", "memory"] = "port" if seen.taken_by else "memory"
-    why = f"its port is taken by {seen.taken_by}" if seen.taken_by else seen.no_room
+def _waiting(id_: str, record: Record, observation: Observation, now: float) -> Record:
+    what: Literal["port", "memory"] = "port" if observation.taken_by else "memory"
+    why = (
+        f"its port is taken by {observation.taken_by}"
+        if observation.taken_by
+        else observation.no_room
+    )
     since = record.waits_since if record.waits_for == what else now
     error = f"{id_} cannot start: {why}"
     return replace(record, waits_for=what, waits_since=since, error=error)
 
 
 def _behind_another(goal: Goal, id_: str, memory: Memory) -> bool:
-    """Whether a slot waits because another one with the same spec on the same device has not been
-    able to load yet: it would fail alike, and each try costs a whole load."""
+    """Return whether a slot waits for another with the same spec and device that failed to load: it
+    would fail too, and each try costs a whole load."""
     target = goal.target(id_)
     if target.spec in memory.proven:
         return False
@@ -315,7 +340,7 @@ def _behind_another(goal: Goal, id_: str, memory: Memory) -> bool:
 
 
 def _pruned(current: Goal, candidate: Goal | None, memory: Memory) -> Memory:
-    """Drop what belongs to slots and specs that no plan has any more."""
+    """Drop records and specs that are in no plan any more."""
     goals = [current, *([candidate] if candidate else [])]
     ids = {target.id for goal in goals for target in goal.targets}
     specs = {target.spec for goal in goals for target in goal.targets}

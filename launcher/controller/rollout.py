@@ -1,8 +1,8 @@
 """Replace workers in turn: a plain rolling restart, or the rollout of a candidate generation.
 
 Pure. A candidate's worker has to become ready before an old one is drained wherever a slot is free;
-slots whose turn has not come go on with the current generation, also when they crash. When the
-candidate cannot load, its workers are replaced by those of the current generation again.
+slots that are still pending keep the current generation, also after a crash. If the candidate
+cannot load, its workers are rolled back to the current generation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from launcher.controller.model import (
 )
 
 ROOM_SECONDS = 3.0
-"""How long a candidate's worker waits for memory before an old one makes room for it."""
+"""Seconds that a candidate's worker waits for memory before an old one is drained for it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Step:
 
 
 def begin(memory: Memory, ids: Sequence[str]) -> Memory:
-    """Put the workers of these slots on the list of those to be replaced."""
+    """Add the workers of these slots to those to be replaced."""
     pending = dict(memory.rollout.pending)
     for id_ in ids:
         if pid := memory.of(id_).pid:
@@ -49,7 +49,7 @@ def _outdated(goal: Goal, memory: Memory, *, unknown: bool) -> tuple[tuple[str, 
     listed = {*memory.rollout.moving, *(id_ for id_, _ in memory.rollout.pending)}
     return tuple(
         (id_, record.pid)
-        for id_ in goal.wanted
+        for id_ in goal.desired_slots
         if id_ not in listed
         and (record := memory.of(id_)).alive
         and record.spec != goal.target(id_).spec
@@ -57,25 +57,25 @@ def _outdated(goal: Goal, memory: Memory, *, unknown: bool) -> tuple[tuple[str, 
     )
 
 
-def wanted(current: Goal, candidate: Goal | None, memory: Memory) -> tuple[str, ...]:
-    """Every slot that is to have a worker now: until a candidate is current, those of both."""
-    ids = [*(candidate.wanted if candidate else ()), *current.wanted]
+def desired_slots(current: Goal, candidate: Goal | None, memory: Memory) -> tuple[str, ...]:
+    """Return every slot that should have a worker now; in a rollout, of both generations."""
+    ids = [*(candidate.desired_slots if candidate else ()), *current.desired_slots]
     if memory.rollout.extra:
         ids.append(memory.rollout.extra)
     return tuple(dict.fromkeys(ids))
 
 
 def goal_of(id_: str, current: Goal, candidate: Goal | None, memory: Memory) -> Goal:
-    """Return the generation with which a worker of this slot would be started now."""
+    """Return the generation that a worker of this slot would start with now."""
     if candidate is None:
         return current
     pending = any(id_ == waiting for waiting, _ in memory.rollout.pending)
-    its_turn = (id_ in candidate.wanted or id_ == memory.rollout.extra) and not pending
+    its_turn = (id_ in candidate.desired_slots or id_ == memory.rollout.extra) and not pending
     return candidate if its_turn or id_ not in current.by_id else current
 
 
 def step(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> Step:
-    """Carry a rolling restart one step further."""
+    """Advance a rolling restart by one step."""
     goal = candidate or current
     memory = replace(memory, rollout=_advanced(goal, candidate, memory, now))
     if error := _failure(current, candidate, memory, now):
@@ -88,12 +88,12 @@ def step(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> S
 
 
 def _advanced(goal: Goal, candidate: Goal | None, memory: Memory, now: float) -> Rollout:
-    """Drop slots that are no longer wanted and those whose successor is ready; list those that
+    """Drop slots that are no longer desired and those whose successor is ready; list those that
     became outdated since, or of which the list was lost."""
     pending = list(_outdated(goal, memory, unknown=candidate is not None))
     for id_, pid in memory.rollout.pending:
         record = memory.of(id_)
-        if id_ not in goal.wanted:
+        if id_ not in goal.desired_slots:
             continue
         if record.state == "ready" and record.pid != pid:
             if candidate is None or record.spec == goal.target(id_).spec:
@@ -103,7 +103,7 @@ def _advanced(goal: Goal, candidate: Goal | None, memory: Memory, now: float) ->
     moving = tuple(
         id_
         for id_ in memory.rollout.moving
-        if id_ in goal.wanted
+        if id_ in goal.desired_slots
         and memory.of(id_).state != "ready"
         # What is known to load need not wait for room: the others are replaced meanwhile.
         and not (candidate and _is_proven(id_, goal, memory) and _blocked(id_, goal, memory, now))
@@ -121,19 +121,19 @@ def _is_proven(id_: str, goal: Goal, memory: Memory) -> bool:
 
 
 def _waits(record: Record, now: float) -> bool:
-    """Whether a start waits for so long that room should be made for it."""
+    """Return whether a start has waited so long that memory should be freed for it."""
     waits = record.state == "stopped" and bool(record.waits_for)
     return waits and now - record.waits_since > ROOM_SECONDS
 
 
 def _blocked(id_: str, goal: Goal, memory: Memory, now: float) -> bool:
-    """Whether a start has waited in vain, and nothing on its device has changed for as long."""
+    """Return whether a start is blocked and nothing on its device has changed for as long."""
     quiet = _is_quiet(goal.target(id_).device, memory, now, BLOCKED_SECONDS)
     return quiet and memory.of(id_).blocked(now)
 
 
 def _is_quiet(device: str, memory: Memory, now: float, seconds: float) -> bool:
-    """Whether nothing has started or ended on a device for so long."""
+    """Return whether no worker has started or ended on a device for ``seconds``."""
     return all(
         record.state not in ("starting", "draining") and now - record.since >= seconds
         for record in memory.records.values()
@@ -142,7 +142,7 @@ def _is_quiet(device: str, memory: Memory, now: float, seconds: float) -> bool:
 
 
 def _failure(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> str:
-    """Why the rollout cannot go on; empty while it can."""
+    """Return why the rollout cannot continue; empty if it can."""
     rollout = memory.rollout
     if candidate is None:
         suspects = [*(id_ for id_, _ in rollout.pending), *rollout.moving, rollout.extra]
@@ -150,10 +150,10 @@ def _failure(current: Goal, candidate: Goal | None, memory: Memory, now: float) 
         failed += [id_ for id_ in rollout.moving if _blocked(id_, current, memory, now)]
         failed += _without_cover(current, memory, now)
     else:
-        old = {id_: current.target(id_).spec for id_ in current.wanted}
+        old = {id_: current.target(id_).spec for id_ in current.desired_slots}
         failed = [
             id_
-            for id_ in wanted(current, candidate, memory)
+            for id_ in desired_slots(current, candidate, memory)
             if goal_of(id_, current, candidate, memory) is candidate
             and (spec := candidate.target(id_).spec) != old.get(id_)
             and (
@@ -169,7 +169,7 @@ def _without_cover(current: Goal, memory: Memory, now: float) -> list[str]:
     if memory.rollout.moving or not memory.rollout.pending:
         return []
     id_, _ = memory.rollout.pending[0]
-    others = [other for other in wanted(current, None, memory) if other != id_]
+    others = [other for other in desired_slots(current, None, memory) if other != id_]
     return others if all(_is_stuck(memory.of(other), now) for other in others) else []
 
 
@@ -180,8 +180,7 @@ def _is_stuck(record: Record, now: float) -> bool:
 def _given_up(
     current: Goal, candidate: Goal | None, memory: Memory, error: str, now: float
 ) -> Step:
-    """What the new one cannot do, the others would not do either: leave them as they are, and
-    bring back what has been replaced already."""
+    """Give the rollout up: keep pending workers, and roll back those already replaced."""
     extra, reason = memory.rollout.extra, f"the restart was given up: {error}"
     if extra and memory.of(extra).state == "failed":
         memory = memory.with_record(extra, Record(since=now))
@@ -209,25 +208,25 @@ def _given_up(
 
 
 def _finished(current: Goal, candidate: Goal | None, memory: Memory) -> Step:
-    """Nothing is left to be replaced: a candidate that serves becomes current."""
+    """Finish the rollout: a candidate that serves becomes current."""
     done = replace(memory, rollout=Rollout(error=memory.rollout.error))
     if candidate is None:
         return Step(done)
     old = {target.spec for target in current.targets}
-    is_new = any(candidate.target(id_).spec not in old for id_ in candidate.wanted)
+    is_new = any(candidate.target(id_).spec not in old for id_ in candidate.desired_slots)
     serves = any(
         memory.of(id_).state == "ready" and memory.of(id_).spec == candidate.target(id_).spec
-        for id_ in candidate.wanted
+        for id_ in candidate.desired_slots
     )
     return Step(done, verdict="promoted") if serves or not is_new else Step(memory)
 
 
 def _replace_next(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> Step:
-    """Drain the next worker on the list once everything else is ready."""
+    """Drain the next pending worker once all others are ready."""
     rollout = memory.rollout
     ended = (entry for entry in rollout.pending if not memory.of(entry[0]).alive)
     id_, pid = next(ended, rollout.pending[0] if rollout.pending else ("", 0))
-    ids = [other for other in wanted(current, candidate, memory) if other != id_]
+    ids = [other for other in desired_slots(current, candidate, memory) if other != id_]
     others = [memory.of(other) for other in ids]
     if room := _make_room(current, candidate, memory, now):
         return room
@@ -266,7 +265,7 @@ def _short_of_room(
 ) -> frozenset[str]:
     """Return the devices on which a new worker waits for memory."""
     devices = set()
-    for id_ in wanted(current, candidate, memory):
+    for id_ in desired_slots(current, candidate, memory):
         goal = goal_of(id_, current, candidate, memory)
         new = goal is candidate or id_ in memory.rollout.moving
         if new and memory.of(id_).waits_for == "memory" and _waits(memory.of(id_), now):
@@ -275,11 +274,11 @@ def _short_of_room(
 
 
 def _make_room(current: Goal, candidate: Goal | None, memory: Memory, now: float) -> Step | None:
-    """Memory is short for one more beside the old ones: end one that is to go anyway.
+    """Free memory for a new worker by ending one that is to be replaced anyway.
 
     The extra worker goes first, then one that the candidate has no slot for, then the next on the
-    list. One at a time, and the last one that serves only where no other way is left. None where
-    it is not short, or nothing of this rollout holds any of it.
+    list. One at a time, and the last one that serves only if nothing else helps. None when memory
+    is not short, or when no worker of this rollout holds any.
     """
     devices = _short_of_room(current, candidate, memory, now)
     if not devices:
@@ -291,9 +290,11 @@ def _make_room(current: Goal, candidate: Goal | None, memory: Memory, now: float
         return Step(replace(memory, rollout=replace(memory.rollout, extra="", no_extra=True)))
     if candidate is None:
         return None
-    serving = [id_ for id_ in wanted(current, candidate, memory) if memory.of(id_).state == "ready"]
+    serving = [
+        id_ for id_ in desired_slots(current, candidate, memory) if memory.of(id_).state == "ready"
+    ]
     there = [id_ for id_ in serving if memory.of(id_).device in devices]
-    surplus = [id_ for id_ in there if id_ not in candidate.wanted]
+    surplus = [id_ for id_ in there if id_ not in candidate.desired_slots]
     pending = [id_ for id_, _ in memory.rollout.pending if id_ in there]
     if surplus and (len(serving) > 1 or not pending):
         record = replace(memory.of(surplus[-1]), state="draining", since=now)
@@ -302,11 +303,11 @@ def _make_room(current: Goal, candidate: Goal | None, memory: Memory, now: float
 
 
 def _empty_slot(goal: Goal, memory: Memory) -> str:
-    """An otherwise empty slot, in which one more may serve meanwhile."""
+    """Return an empty slot in which an extra worker can serve during the rollout."""
     if memory.rollout.no_extra:
         return ""
     for target in goal.targets:
-        free = target.id not in goal.wanted and target.id not in goal.drained
+        free = target.id not in goal.desired_slots and target.id not in goal.drained
         if free and memory.of(target.id).state == "stopped":
             return target.id
     return ""

@@ -1,6 +1,6 @@
-"""The controller: compare what is desired with what is observed, and act, again and again.
+"""The controller loop: compare the desired with the observed state, and act.
 
-It may die at any time: requests do not pass through it, and what it remembers lies in files.
+It may be killed at any time: requests do not pass through it, and its memory is stored in a file.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ log = logging.getLogger("controller")
 
 BUSY_INTERVAL = 0.2
 CALM_INTERVAL = 1.0
-"""Seconds between two looks, while something is under way and otherwise."""
+"""Seconds between two rounds, while something is under way and otherwise."""
 BUSY_AFTER_EVENT = 3.0
+"""Seconds of short intervals after an event."""
 ROTATE_INTERVAL = 15.0
-LISTEN_INTERVAL = 5.0
-"""Seconds between two questions to every ready worker whether it still answers."""
+"""Seconds between two rotations of nginx's logs."""
+LIVENESS_INTERVAL = 5.0
+"""Seconds between two liveness probes of every ready worker."""
 
 
 class RefusedError(Exception):
-    """What was asked for cannot be done; ``status`` is the HTTP status that says so."""
+    """A command cannot be carried out; ``status`` is the HTTP status for it."""
 
     def __init__(self, message: str, status: int = 409) -> None:
         super().__init__(message)
@@ -48,7 +50,7 @@ class RefusedError(Exception):
 
 
 class Controller:
-    """Holds one farm to its desired state. Building one does nothing; ``run`` does."""
+    """Keeps one farm in its desired state. The constructor does nothing; ``run`` loops."""
 
     def __init__(self, farm: Farm, supervisor: Supervisor) -> None:
         self.farm = farm
@@ -56,16 +58,16 @@ class Controller:
         self.desired, self.memory = self.store.read()
         self.observed: dict[str, Observation] = {}
         self.problem = ""
-        """Why nothing can be done at the moment; empty when all is well."""
+        """Why the last round failed; empty if it did not."""
         self._supervisor = supervisor
         self._observer = Observer(farm, supervisor)
         self._wake = asyncio.Event()
         self._busy_until = 0.0
-        self._watched: dict[int, int] = {}
+        self._pidfds: dict[int, int] = {}
         """pid → pidfd"""
-        self._listened = 0.0
-        self._silent_since: dict[int, float] = {}
-        """pid → when it was first asked in vain (monotonic seconds)"""
+        self._liveness_probed = 0.0
+        self._unresponsive_since: dict[int, float] = {}
+        """pid → its first failed liveness probe (monotonic seconds)"""
         self._lock = asyncio.Lock()
         """Held around supervisord's connection and around every change of the desired state."""
         self._stored: tuple[Desired, Memory] | None = None
@@ -85,8 +87,8 @@ class Controller:
         return Goal.of(targets, generation.plan.count, self.desired)
 
     @property
-    def wanted(self) -> tuple[str, ...]:
-        return self.current.wanted
+    def desired_slots(self) -> tuple[str, ...]:
+        return self.current.desired_slots
 
     @property
     def settled(self) -> bool:
@@ -97,7 +99,7 @@ class Controller:
         return [id_ for id_, record in self.memory.records.items() if record.state == "ready"]
 
     def generation_of(self, id_: str) -> Generation:
-        """The generation that the slot's worker was started with."""
+        """Return the generation that the slot's worker was started with."""
         spec = self.memory.of(id_).spec
         for generation in reversed(self.farm.generations):
             for slot in generation.plan.slots:
@@ -120,14 +122,14 @@ class Controller:
                     await self._wake.wait()
 
     def _keep_logs(self) -> None:
-        """Rotate nginx's logs, and have those opened again that were deleted."""
+        """Rotate nginx's logs, and have deleted logs reopened."""
         rotate_balancer_logs(self.farm)
         running = [id_ for id_, record in self.memory.records.items() if record.pid]
         names = ["supervisord", "controller", *running]
         reopen_missing_logs(self.farm.state.logs, names, os.getppid())
 
     async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Nothing that goes wrong in one round may end the controller."""
+        """Run ``work``; report any error, so that a failed round does not end the controller."""
         try:
             await work()
             self._report("")
@@ -143,10 +145,10 @@ class Controller:
         self.problem = problem
 
     async def step(self) -> None:
-        """Look, decide, act, remember."""
+        """Observe, decide, save, act."""
         async with self._lock:
             current, candidate = self.current, self.candidate
-            await self._look(current, candidate)
+            await self._observe(current, candidate)
             before = self.memory
             decision = decide(
                 current,
@@ -154,46 +156,46 @@ class Controller:
                 self.memory,
                 self.observed,
                 now=time.monotonic(),
-                load_timeout=self._longest("load_timeout"),
-                silence=self._longest("request_timeout") + GRACE_AFTER_REQUEST,
+                load_timeout=self._longest_timeout("load_timeout"),
+                liveness_timeout=self._longest_timeout("request_timeout") + GRACE_AFTER_REQUEST,
             )
             self.memory = decision.memory
             self._log_changes(before)
             if decision.verdict == "promoted":
-                await self._become(self.farm.promoted())
+                await self._switch_to(self.farm.promoted())
             elif decision.verdict == "given up":
-                await self._become(self.farm.abandoned(self.memory.rollout.error))
-            # Remembered before it is done: a controller that dies in between finds the process.
-            # What cannot be remembered is done all the same: a full disk must stop no replacement.
+                await self._switch_to(self.farm.abandoned(self.memory.rollout.error))
+            # Saved before acting: after a crash in between the next controller finds the process.
+            # Actions follow even if saving fails: a full disk must not stop a replacement.
             unwritten = None
             try:
-                await self._remember()
+                await self._save()
             except (StateError, ConfigError) as error:
                 unwritten = error
             for action in decision.actions:
-                await asyncio.to_thread(self._act, action)
-            self._watch()
+                await asyncio.to_thread(self._execute, action)
+            self._watch_processes()
             await self._reserve()
-            self._look_for_strangers()
+            self._check_ports()
             if unwritten is not None:
                 raise unwritten
 
-    def _look_for_strangers(self) -> None:
-        """Raises SupervisorError where something else has a slot's port: nginx lists it."""
-        for id_, seen in sorted(self.observed.items()):
-            if seen.taken_by and not seen.alive:
+    def _check_ports(self) -> None:
+        """Raise SupervisorError if something else has a slot's port: nginx sends requests there."""
+        for id_, observation in sorted(self.observed.items()):
+            if observation.taken_by and not observation.alive:
                 raise SupervisorError(
-                    f"the port of {id_} is taken by {seen.taken_by}, which may be sent requests: "
-                    f"end it, or `gpufarm down` and `up` for other ports"
+                    f"the port of {id_} is taken by {observation.taken_by}, which may be sent "
+                    f"requests: end it, or `gpufarm down` and `up` for other ports"
                 )
 
     async def _reserve(self) -> None:
-        """Let other farms know what workers that are still to load will take of the devices."""
+        """Reserve the device memory of workers that are still to load, for other farms to see."""
         goal = self.candidate or self.current
         generation = self.farm.generations[-1]
         coming = [
             goal.target(id_).device
-            for id_ in goal.wanted
+            for id_ in goal.desired_slots
             if (record := self.memory.of(id_)).state in ("starting", "stopped")
             and not record.gave_up
         ]
@@ -202,21 +204,23 @@ class Controller:
             await asyncio.to_thread(reservations.reserve, self.farm.state.path, need)
             self._reserved = need
 
-    async def _look(self, current: Goal, candidate: Goal | None) -> None:
+    async def _observe(self, current: Goal, candidate: Goal | None) -> None:
         starts = {
             id_: start
-            for id_ in rollout.wanted(current, candidate, self.memory)
+            for id_ in rollout.desired_slots(current, candidate, self.memory)
             if (start := self._start_of(id_, current, candidate)) is not None
         }
         external = {id_ for id_ in self.memory.records if self.generation_of(id_).is_external}
-        observed = await asyncio.to_thread(self._observer.look, self.memory, starts, external)
+        observed = await asyncio.to_thread(self._observer.observe, self.memory, starts, external)
         self.observed = {
-            id_: await self._observer.asked(id_, seen, self.generation_of(id_))
-            if seen.alive and not seen.stopping and self.memory.of(id_).state != "ready"
-            else seen
-            for id_, seen in observed.items()
+            id_: await self._observer.with_readiness(id_, observation, self.generation_of(id_))
+            if observation.alive
+            and not observation.stopping
+            and self.memory.of(id_).state != "ready"
+            else observation
+            for id_, observation in observed.items()
         }
-        await self._listen()
+        await self._probe_liveness()
 
     def _start_of(self, id_: str, current: Goal, candidate: Goal | None) -> Start | None:
         goal = rollout.goal_of(id_, current, candidate, self.memory)
@@ -226,33 +230,35 @@ class Controller:
         slot = next(slot for slot in generation.plan.slots if slot.id == id_)
         return Start(generation, generation.plan.device_of(slot))
 
-    def _longest(self, key: str) -> float:
+    def _longest_timeout(self, key: str) -> float:
         workers = [generation.settings.workers for generation in self.farm.generations]
         return max(float(getattr(settings, key)) for settings in workers)
 
-    async def _listen(self) -> None:
-        """Ask the ready workers whether they answer at all. Ours do so whatever the model does,
-        and are never silent for longer than a request may take; an external server may be."""
+    async def _probe_liveness(self) -> None:
+        """Probe the liveness of ready workers, except external servers.
+
+        Our workers respond whatever the model does; an external server may block on a request.
+        """
         ready = {
             id_: self.observed[id_].pid
             for id_ in self.ready()
             if id_ in self.observed and not self.generation_of(id_).is_external
         }
-        if time.monotonic() - self._listened > LISTEN_INTERVAL:
-            self._listened = time.monotonic()
-            answers = await asyncio.gather(*map(self._observer.answers, ready))
-            self._silent_since = {
-                pid: self._silent_since.get(pid, self._listened)
-                for pid, answered in zip(ready.values(), answers, strict=True)
+        if time.monotonic() - self._liveness_probed > LIVENESS_INTERVAL:
+            self._liveness_probed = time.monotonic()
+            answered_all = await asyncio.gather(*map(self._observer.is_live, ready))
+            self._unresponsive_since = {
+                pid: self._unresponsive_since.get(pid, self._liveness_probed)
+                for pid, answered in zip(ready.values(), answered_all, strict=True)
                 if not answered
             }
         for id_, pid in ready.items():
-            if (since := self._silent_since.get(pid)) is not None:
-                silent = self._listened - since
-                self.observed[id_] = replace(self.observed[id_], silent=silent)
+            if (since := self._unresponsive_since.get(pid)) is not None:
+                unresponsive = self._liveness_probed - since
+                self.observed[id_] = replace(self.observed[id_], unresponsive=unresponsive)
 
-    def _act(self, action: Action) -> None:
-        """Carry an action out. One that fails is decided again in the next round."""
+    def _execute(self, action: Action) -> None:
+        """Carry out an action. If it fails, the next round decides it again."""
         log.info("%s %s", action.do, action.id)
         try:
             if action.do == "start":
@@ -278,14 +284,14 @@ class Controller:
                 suffix = f": {record.error}" if record.error else ""
                 log.info("%s is %s%s", id_, record.state, suffix)
 
-    async def _remember(self) -> None:
+    async def _save(self) -> None:
         now = (self.desired, self.memory)
         if now != self._stored:
             await asyncio.to_thread(self.store.write, *now)
             self._stored = now
 
-    async def _become(self, farm: Farm) -> None:
-        """Another generation is current, or no candidate is left."""
+    async def _switch_to(self, farm: Farm) -> None:
+        """Switch to a farm with another current generation or without a candidate."""
         if farm.failure:
             log.warning("generation %d stays: %s", farm.current.number, farm.failure)
         elif farm.current.number != self.farm.current.number:
@@ -294,38 +300,38 @@ class Controller:
         logs.set_up(farm.settings.logs.format)
         try:
             await asyncio.to_thread(farms.save, farm)
-        except (StateError, ConfigError) as error:  # a controller after this one decides it again
+        except (StateError, ConfigError) as error:  # the next controller decides it again
             self._report(str(error))
 
-    def _watch(self) -> None:
-        """Wake up at the moment in which a worker ends, rather than at the next look."""
-        pids = {seen.pid for seen in self.observed.values() if seen.alive}
+    def _watch_processes(self) -> None:
+        """Wake up as soon as a worker's process ends, by its pidfd."""
+        pids = {observation.pid for observation in self.observed.values() if observation.alive}
         loop = asyncio.get_running_loop()
-        for pid in pids - set(self._watched):
+        for pid in pids - set(self._pidfds):
             with suppress(OSError):
                 fd = os.pidfd_open(pid)
-                self._watched[pid] = fd
+                self._pidfds[pid] = fd
                 loop.add_reader(fd, self._process_ended, pid)
-        for pid in set(self._watched) - pids:
-            self._forget(pid)
+        for pid in set(self._pidfds) - pids:
+            self._close_pidfd(pid)
 
     def _process_ended(self, pid: int) -> None:
-        self._forget(pid)
+        self._close_pidfd(pid)
         self.wake()
 
-    def _forget(self, pid: int) -> None:
-        fd = self._watched.pop(pid, None)
+    def _close_pidfd(self, pid: int) -> None:
+        fd = self._pidfds.pop(pid, None)
         if fd is not None:
             asyncio.get_running_loop().remove_reader(fd)
             os.close(fd)
 
     def wake(self) -> None:
-        """Look again now, and often for a while."""
+        """Start the next round now, and use short intervals for a while."""
         self._busy_until = time.monotonic() + BUSY_AFTER_EVENT
         self._wake.set()
 
     async def scale(self, count: int | None) -> tuple[str, ...]:
-        """Have ``count`` workers, or as many as the configuration says for None.
+        """Scale to ``count`` workers, or to the configured count for None.
 
         Returns warnings; raises RefusedError with the numbers.
         """
@@ -344,52 +350,56 @@ class Controller:
         async with self._lock:
             used = None if count is None else count + len(drained)
             memory = self.memory.reset(tuple(self.current.by_id))
-            await self._desire(replace(self.desired, count=used), memory)
-        return plan.warnings_for(len(self.wanted))
+            await self._set_desired(replace(self.desired, count=used), memory)
+        return plan.warnings_for(len(self.desired_slots))
 
     async def _check_room(self, count: int) -> None:
-        """Raises RefusedError where the memory that is free now does not hold the new ones."""
+        """Raise RefusedError if the new workers do not fit into the memory that is free now."""
         desired = replace(self.desired, count=count + len(self.current.drained))
         generation = self.farm.current
         goal = Goal.of(self.current.targets, generation.plan.count, desired)
-        new = [id_ for id_ in goal.wanted if not self.memory.of(id_).alive]
+        new = [id_ for id_ in goal.desired_slots if not self.memory.of(id_).alive]
         devices = [goal.target(id_).device for id_ in new]
         refusal = await asyncio.to_thread(refusal_for, generation, devices)
         if refusal:
             raise RefusedError(f"{len(new)} more cannot start now: {refusal}")
 
     async def drain(self, id_: str) -> None:
-        """Empty a slot and keep it empty."""
-        self._check(id_)
+        """Drain a slot's worker and keep the slot empty."""
+        self._check_slot(id_)
         async with self._lock:
             if id_ in self.desired.drained:
                 return
-            if id_ not in self.wanted:
-                raise RefusedError(f"{id_} has no worker to drain; workers: {self._named()}", 404)
+            if id_ not in self.desired_slots:
+                raise RefusedError(
+                    f"{id_} has no worker to drain; workers: {self._worker_names()}", 404
+                )
             drained = self.desired.drained | {id_}
-            await self._desire(replace(self.desired, drained=drained), self.memory.reset((id_,)))
+            await self._set_desired(
+                replace(self.desired, drained=drained), self.memory.reset((id_,))
+            )
 
     async def restart(self, ids: tuple[str, ...] = ()) -> None:
-        """Replace workers in turn, all of them where none is named; refill drained slots."""
+        """Restart workers one after another, all of them without ``ids``; refill drained slots."""
         for id_ in ids:
-            self._check(id_)
-            if id_ not in (*self.wanted, *self.desired.drained):
+            self._check_slot(id_)
+            if id_ not in (*self.desired_slots, *self.desired.drained):
                 raise RefusedError(
-                    f"{id_} has no worker to restart; workers: {self._named()}. `gpufarm scale` "
-                    f"adds workers",
+                    f"{id_} has no worker to restart; workers: {self._worker_names()}. "
+                    f"`gpufarm scale` adds workers",
                     404,
                 )
         async with self._lock:
             desired = replace(self.desired, drained=self.desired.drained - set(ids))
             goal = Goal.of(self.current.targets, self.farm.plan.count, desired)
-            chosen = ids or goal.wanted
+            chosen = ids or goal.desired_slots
             if not chosen:
                 raise RefusedError(
-                    "no worker to restart: none is wanted; `gpufarm scale 1` starts one, "
+                    "no worker to restart: none is desired; `gpufarm scale 1` starts one, "
                     "`gpufarm restart w1` refills a drained slot",
                     404,
                 )
-            await self._desire(desired, rollout.begin(self.memory.reset(chosen), chosen))
+            await self._set_desired(desired, rollout.begin(self.memory.reset(chosen), chosen))
 
     async def roll_out(self, number: int, base: int, follow: bool) -> None:
         """Take up a generation that `up` has written for the generation ``base``.
@@ -421,27 +431,27 @@ class Controller:
                 raise RefusedError(str(error), status=507) from None
             self.farm = self._observer.farm = fresh
             try:
-                await self._desire(Desired(count, self.desired.drained & ids), memory)
+                await self._set_desired(Desired(count, self.desired.drained & ids), memory)
             except RefusedError:
                 self.farm = self._observer.farm = farm
                 with suppress(StateError, ConfigError):
                     await asyncio.to_thread(farms.save, farm)
                 raise
 
-    def _named(self) -> str:
-        return ", ".join(self.wanted) or "none"
+    def _worker_names(self) -> str:
+        return ", ".join(self.desired_slots) or "none"
 
-    def _check(self, id_: str) -> None:
+    def _check_slot(self, id_: str) -> None:
         ids = list(self.current.by_id)
         if id_ not in ids:
             raise RefusedError(f"no worker {id_}; slots: {', '.join(ids)}", status=404)
 
-    async def _desire(self, desired: Desired, memory: Memory) -> None:
+    async def _set_desired(self, desired: Desired, memory: Memory) -> None:
         """Raises RefusedError where it cannot be written down: then nothing has changed."""
         before = self.desired, self.memory
         self.desired, self.memory = desired, memory
         try:
-            await self._remember()
+            await self._save()
         except (StateError, ConfigError) as error:
             self.desired, self.memory = before
             raise RefusedError(str(error), status=507) from None

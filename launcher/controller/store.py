@@ -1,4 +1,4 @@
-"""What survives the controller: the desired state and its memory, in one file."""
+"""Store the desired state and the controller's memory in one file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Store:
     state: StateDir
 
     def read(self) -> tuple[Desired, Memory]:
-        """What was remembered; nothing where the file is missing or makes no sense."""
+        """Read both; defaults if the file is missing or invalid."""
         data = read_json(self.state.desired_file)
         if not isinstance(data, dict):
             return Desired(), Memory()
@@ -49,8 +49,8 @@ def _desired(data: dict[str, Any]) -> Desired:
 
 
 def _memory(data: Any) -> Memory:
-    """The slots are observed again anyway, so what makes no sense is left out as a whole: one
-    wrong value would fail every round."""
+    """Read the memory; an invalid one is dropped as a whole, because one wrong value would fail
+    every round, and the slots are observed again anyway."""
     try:
         return MEMORY.validate_json(json.dumps(data), strict=True)
     except (ValidationError, ValueError):

@@ -1,4 +1,4 @@
-"""The farm as the controller reports it."""
+"""The farm's state as ``GET /workers`` reports it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from launcher.controller.run import Controller
 
 
 def view(controller: Controller) -> dict[str, Any]:
-    """``GET /workers`` but for what has to be measured: the wanted slots and whatever runs."""
+    """Return the desired slots and all that run, without what has to be measured."""
     farm, memory, goal = controller.farm, controller.memory, controller.current
     plan, desired = farm.plan, controller.desired
-    wanted, drained = set(goal.wanted), goal.drained
-    shown = [
+    desired_slots, drained = set(goal.desired_slots), goal.drained
+    listed = [
         id_
         for id_ in (*goal.by_id, *(id_ for id_ in memory.records if id_ not in goal.by_id))
-        if id_ in wanted or id_ in drained or memory.of(id_).state != "stopped"
+        if id_ in desired_slots or id_ in drained or memory.of(id_).state != "stopped"
     ]
     restart = memory.rollout
     return {
         "url": farm.url,
-        "count": len(goal.wanted),
+        "count": len(goal.desired_slots),
         "count_from": "configuration" if desired.count is None else "scale",
         "configured": plan.count,
         "capacity": plan.capacity,
@@ -37,13 +37,14 @@ def view(controller: Controller) -> dict[str, Any]:
             "error": restart.error or None,
         },
         "workers": [
-            _worker(controller, id_, memory.of(id_), id_ in wanted, id_ in drained) for id_ in shown
+            _worker(controller, id_, memory.of(id_), id_ in desired_slots, id_ in drained)
+            for id_ in listed
         ],
     }
 
 
 def _worker(
-    controller: Controller, id_: str, record: Record, wanted: bool, drained: bool
+    controller: Controller, id_: str, record: Record, desired: bool, drained: bool
 ) -> dict[str, Any]:
     farm, target = controller.farm, controller.current.by_id.get(id_)
     return {
@@ -52,7 +53,7 @@ def _worker(
         "port": farm.port_of(id_),
         "device": record.device if record.alive and record.device else target and target.device,
         "state": record.state,
-        "wanted": wanted,
+        "desired": desired,
         "drained": drained,
         "restarts": record.restarts,
         "ready_seconds": record.ready_seconds,

@@ -1,4 +1,4 @@
-"""Which devices the farm may use: GPUs and MIG slices by UUID, else the CPU with its RAM."""
+"""Discover the devices a farm may use: GPUs and MIG slices by UUID, else the CPU and its RAM."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ CPU = "cpu"
 
 
 @dataclass(frozen=True)
-class Found:
-    """The devices to plan with, and what to tell about the choice."""
+class DiscoveredDevices:
+    """The devices to plan with, and notes for the user about the choice."""
 
     devices: tuple[Device, ...]
     notes: tuple[str, ...] = ()
@@ -24,18 +24,18 @@ class Found:
 
 def discover(
     host: Host,
-    wanted: Sequence[str] = (),
+    selected: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
     nvml: Nvml | None = None,
-) -> Found:
-    """What there is, after ``CUDA_VISIBLE_DEVICES`` and then ``budget.devices`` (``wanted``).
+) -> DiscoveredDevices:
+    """Return the devices that ``CUDA_VISIBLE_DEVICES`` and ``budget.devices`` (``selected``) leave.
 
-    Indices are the driver's order (PCI, as nvidia-smi has it). Raises ConfigError for a wanted
-    device that is not there.
+    Indices are in the driver's order (PCI, as in nvidia-smi). Raises ConfigError for a selected
+    device that does not exist.
     """
     environ = os.environ if environ is None else environ
-    if list(wanted) == [CPU]:
-        return Found((cpu_device(host),))
+    if list(selected) == [CPU]:
+        return DiscoveredDevices((cpu_device(host),))
     driver = Driver.open(nvml)
     groups: list[list[Device]] = []
     if driver is not None:
@@ -43,22 +43,22 @@ def discover(
             groups = driver.devices()
     mask = environ.get("CUDA_VISIBLE_DEVICES")
     visible = groups if mask is None else visible_groups(groups, mask)
-    if wanted:
-        return Found(_wanted(visible, wanted, host))
+    if selected:
+        return DiscoveredDevices(_selected_devices(visible, selected, host))
     devices = tuple(device for group in visible for device in group)
     if devices:
-        return Found(devices)
+        return DiscoveredDevices(devices)
     note = "No GPU: workers run on the CPU, and memory means RAM."
     if groups:
         note = (
             f"CUDA_VISIBLE_DEVICES={mask!r} hides {len(groups)} GPU"
             f"{'' if len(groups) == 1 else 's'}: workers run on the CPU, and memory means RAM."
         )
-    return Found((cpu_device(host),), (note,))
+    return DiscoveredDevices((cpu_device(host),), (note,))
 
 
 def cpu_device(host: Host) -> Device:
-    """The CPU as a device: its memory is the RAM that this process may use."""
+    """Return the CPU as a device; its memory is the RAM that this process may use."""
     return Device(
         id=CPU,
         name=f"CPU ({host.cores:g} cores)" if host.cores else "CPU",
@@ -68,24 +68,24 @@ def cpu_device(host: Host) -> Device:
     )
 
 
-def imagined(sizes: Sequence[str]) -> tuple[Device, ...]:
-    """Devices that are only given as sizes, all of it free. Raises ConfigError for a bad size."""
+def hypothetical_devices(sizes: Sequence[str]) -> tuple[Device, ...]:
+    """Return one device, all of it free, for each size. Raises ConfigError for a bad size."""
     devices = []
     for index, text in enumerate(sizes):
         try:
             size = parse_size_with_unit(text)
         except ValueError as error:
             raise ConfigError(f"--device {text}: {error}") from None
-        devices.append(Device(f"device{index}", text, "imagined", size, size, index))
+        devices.append(Device(f"device{index}", text, "hypothetical", size, size, index))
     return tuple(devices)
 
 
 def visible_groups(groups: Sequence[Sequence[Device]], mask: str) -> list[list[Device]]:
-    """What a ``CUDA_VISIBLE_DEVICES`` leaves, in its order.
+    """Return the devices that a value of ``CUDA_VISIBLE_DEVICES`` selects, in its order.
 
-    As CUDA reads it: indices, UUIDs or unambiguous beginnings of them; reading ends at the first
-    that means nothing (``-1`` and the empty text: no device). A GPU with MIG on stands for its
-    slices, since each worker is given one slice by UUID.
+    CUDA's rules: indices, UUIDs or unambiguous prefixes of them, up to the first invalid entry
+    (``-1`` and the empty string select no device). A GPU with MIG enabled stands for its slices,
+    because each worker gets one slice by UUID.
     """
     chosen: list[list[Device]] = []
     seen: set[str] = set()
@@ -113,19 +113,19 @@ def _match(groups: Sequence[Sequence[Device]], token: str) -> list[Device]:
     return exact or (matches if len(matches) == 1 else [])
 
 
-def _wanted(
-    groups: Sequence[Sequence[Device]], wanted: Sequence[str], host: Host
+def _selected_devices(
+    groups: Sequence[Sequence[Device]], selected: Sequence[str], host: Host
 ) -> tuple[Device, ...]:
     chosen: list[Device] = []
-    for name in wanted:
+    for name in selected:
         found = [cpu_device(host)] if name == CPU else _match(groups, name)
         if not found:
-            there = [f"{d.index} ({d.id})" for group in groups for d in group] + [CPU]
+            available = [f"{d.index} ({d.id})" for group in groups for d in group] + [CPU]
             raise ConfigError(
-                f"budget.devices = {name!r}: there is no such device, or it is hidden by "
-                f"CUDA_VISIBLE_DEVICES; there is: {', '.join(there)}"
+                f"budget.devices: no device {name!r}, or CUDA_VISIBLE_DEVICES hides it; "
+                f"available: {', '.join(available)}"
             )
         chosen += [device for device in found if device not in chosen]
     if len({device.kind == CPU for device in chosen}) > 1:
-        raise ConfigError('budget.devices names GPUs and "cpu"; a farm runs on one or the other')
+        raise ConfigError('budget.devices mixes GPUs and "cpu"; choose one or the other')
     return tuple(chosen)

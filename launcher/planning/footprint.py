@@ -1,4 +1,4 @@
-"""Measuring a footprint: one worker alone, its longest requests, and the device watched."""
+"""Measure a footprint: start one worker, run its longest requests, and sample its memory."""
 
 from __future__ import annotations
 
@@ -14,43 +14,42 @@ from typing import Any, Protocol
 from launcher.config.settings import ProbeRequest
 from launcher.config.sizes import MIB
 from launcher.planning.inventory import Footprint
-from launcher.planning.sampling import Sampler, Watch
+from launcher.planning.sampling import MemoryWatch, Sampler
 
 ROUNDS = 2
-"""How often the longest requests are run once warm: allocators grow again on the second."""
-
+"""How many times the longest requests run after warm-up: allocators grow again on the second."""
 
 FAILED_TO_LOAD = 1
-"""A worker's exit code for: I could not load this time."""
+"""Exit code of a worker whose load failed and may succeed on the next try."""
 CANNOT_LOAD = 3
-"""A worker's exit code for: I could not load, and trying again would not help."""
+"""Exit code of a worker that cannot load and would fail again."""
 
 
 class MeasureError(Exception):
-    """The footprint could not be measured. One line: what happened and what to do; exit code 1."""
+    """The footprint could not be measured. One line with the cause and the remedy; exit code 1."""
 
 
 class DisturbedError(MeasureError):
-    """Other processes moved the device's memory so much that nothing can be said of the worker."""
+    """Other processes changed the device's memory so much that the worker's use is unknown."""
 
 
 class RunningWorker(Protocol):
-    """One worker, started alone."""
+    """One worker that runs only to be measured."""
 
     pid: int
     host: str
     port: int
     ready_path: str
-    """Answers 2xx or 3xx once the worker is ready."""
+    """Responds with 2xx or 3xx once the worker is ready."""
 
     def exit_code(self) -> int | None:
-        """None while it runs."""
+        """Return its exit code; None while it runs."""
 
-    def last_words(self) -> str:
-        """The last line it wrote; empty when there is none."""
+    def exit_reason(self) -> str:
+        """Return the last line it logged; empty when there is none."""
 
     def stop(self) -> None:
-        """End it and wait until it has ended. Never raises because it has gone already."""
+        """End it and wait for its exit. Does nothing when it has ended already."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,14 @@ class Probe:
 
     @classmethod
     def of(cls, request: ProbeRequest) -> Probe:
-        """From the configuration. Raises MeasureError when the body's file cannot be read."""
+        """Build it from the configuration. Raises MeasureError when body_file cannot be read."""
         if request.body_file is not None:
             try:
                 body = request.body_file.read_bytes()
             except OSError as error:
                 raise MeasureError(
-                    f"footprint.requests: {request.body_file}: {error.strerror}"
+                    f"footprint.requests: cannot read body_file: {request.body_file}: "
+                    f"{error.strerror}"
                 ) from None
             kind = request.content_type or "application/octet-stream"
             return cls("POST", request.path, body, kind)
@@ -95,50 +95,49 @@ def measure(
 ) -> Footprint:
     """Start one worker, warm it up with the requests, run them again, and end it.
 
-    Without ``requests`` the worker is asked for its ``longest_request`` (GET /health). Peak is the
-    highest use until it is warm, steady the highest use afterwards. Seconds for the deadlines.
-    Raises MeasureError, DisturbedError where other processes spoilt it; the worker is ended
-    whatever happens.
+    Without ``requests`` the worker's own ``longest_request`` is used. Peak is the highest use until
+    it is warm, steady the highest use after that. Timeouts are in seconds. Raises MeasureError, or
+    DisturbedError when other processes changed the device's memory. Always ends the worker.
     """
     sampler.begin()
-    progress("starting one worker alone")
+    progress("starting one worker")
     try:
         worker = start()
     except OSError as error:
         raise MeasureError(f"the worker could not be started: {error}") from None
-    watch = Watch(lambda: sampler.sample(worker.pid))
+    watch = MemoryWatch(lambda: sampler.sample(worker.pid))
     try:
-        with watch.watching():
+        with watch.running():
             _await_ready(worker, load_timeout)
             probes = list(requests) or longest_requests(worker)
             progress(f"running its longest requests ({len(probes)}) to warm it up")
             _run(worker, probes, request_timeout)
             watch.enter("serving")
-            progress("running them again, and watching its memory")
+            progress("running them again and measuring its memory")
             for _ in range(ROUNDS):
                 _run(worker, probes, request_timeout)
             watch.take()
     except LookupError as error:
-        raise MeasureError(f"the device does not tell its free memory: {error}") from None
+        raise MeasureError(f"the device does not report its free memory: {error}") from None
     finally:
         worker.stop()
     if watch.failed:
-        raise MeasureError(f"the device does not tell its free memory: {watch.failed}")
-    progress("waiting for its memory to return")
+        raise MeasureError(f"the device does not report its free memory: {watch.failed}")
+    progress("waiting for its memory to be freed")
     return _result(watch, sampler, len(probes) * (1 + ROUNDS), device)
 
 
-def _result(watch: Watch, sampler: Sampler, requests: int, device: str) -> Footprint:
+def _result(watch: MemoryWatch, sampler: Sampler, requests: int, device: str) -> Footprint:
     steady, exact = watch.device["serving"], sampler.returned()
     if steady < MIB and not exact:
         raise DisturbedError(
-            f"other processes gave back memory of {device or 'the device'} while the footprint was "
-            f"measured; try again when it is quiet, or set footprint.bytes"
+            f"other processes freed memory of {device or 'the device'} while the footprint was "
+            f"measured; try again when it is idle, or set footprint.bytes"
         )
     if steady < MIB:
         raise MeasureError(
-            f"the worker took no memory of {device or 'its device'}: does the model run there? "
-            f"Load it onto the device that setup(device) is given, or set footprint.bytes"
+            f"the worker used no memory of {device or 'its device'}; load the model onto the "
+            f"device that setup(device) gets, or set footprint.bytes"
         )
     return Footprint(
         peak=max(steady, watch.device.get("starting", 0)),
@@ -154,75 +153,83 @@ def _result(watch: Watch, sampler: Sampler, requests: int, device: str) -> Footp
 
 
 def longest_requests(worker: RunningWorker) -> list[Probe]:
-    """What the model itself names as its longest request (one, or a list); none if it does not."""
+    """Return the longest requests that the model itself defines; empty when it defines none."""
     with suppress(OSError, http.client.HTTPException, ValueError, AttributeError):
-        status, body = _exchange(worker, Probe("GET", "/longest_request"), timeout=30.0)
-        named = json.loads(body) if status < 300 else None
-        return [_named(item) for item in (named if isinstance(named, list) else [named]) if item]
+        status, body = _send(worker, Probe("GET", "/longest_request"), timeout=30.0)
+        found = json.loads(body) if status < 300 else None
+        return [_probe(item) for item in (found if isinstance(found, list) else [found]) if item]
     return []
 
 
-def _named(item: Mapping[str, Any]) -> Probe:
+def _probe(item: Mapping[str, Any]) -> Probe:
     body = json.dumps(item.get("json", {})).encode()
     return Probe("POST", str(item.get("path", "/predict")), body, "application/json")
 
 
 def _await_ready(worker: RunningWorker, timeout: float) -> None:
-    deadline, said = time.monotonic() + timeout, ""
+    deadline, detail = time.monotonic() + timeout, ""
     while time.monotonic() < deadline:
         code = worker.exit_code()
         if code is not None:
-            words = worker.last_words()
-            if code in (FAILED_TO_LOAD, CANNOT_LOAD) and words:
-                raise MeasureError(f"the worker could not load: {words}")
-            said = f": {words}" if words else ""
-            raise MeasureError(f"the worker ended with exit code {code} before it was ready{said}")
+            reason = worker.exit_reason()
+            if code in (FAILED_TO_LOAD, CANNOT_LOAD) and reason:
+                raise MeasureError(f"the worker could not load: {reason}")
+            detail = f": {reason}" if reason else ""
+            raise MeasureError(
+                f"the worker ended with exit code {code} before it was ready{detail}"
+            )
         with suppress(OSError, http.client.HTTPException):
-            status, _ = _exchange(worker, Probe("GET", worker.ready_path), timeout=5.0)
+            status, _ = _send(worker, Probe("GET", worker.ready_path), timeout=5.0)
             if 200 <= status < 400:
                 return
-            said = f": {worker.ready_path} was answered {status}"
+            detail = f": {worker.ready_path} returned {status}"
         time.sleep(0.1)
-    said += f"; its last line: {words}" if (words := worker.last_words()) else ""
+    detail += f"; its last log line: {reason}" if (reason := worker.exit_reason()) else ""
     raise MeasureError(
-        f"the worker was not ready within {timeout:g} s (workers.load_timeout){said}"
+        f"the worker was not ready within {timeout:g} s (workers.load_timeout){detail}"
     )
 
 
 def _run(worker: RunningWorker, probes: Sequence[Probe], timeout: float) -> None:
     for probe in probes:
-        what = f"{probe.method} {probe.path}"
+        name = f"{probe.method} {probe.path}"
         try:
-            status, body = _exchange(worker, probe, timeout)
+            status, body = _send(worker, probe, timeout)
         except TimeoutError:
             raise MeasureError(
-                f"{what} took longer than {timeout:g} s (workers.request_timeout)"
+                f"{name} took longer than {timeout:g} s (workers.request_timeout)"
             ) from None
         except (OSError, http.client.HTTPException) as error:
-            ended = _how_it_ended(worker)
-            raise MeasureError(f"{what} failed: {error or type(error).__name__}{ended}") from None
+            exit_message = _exit_message(worker)
+            reason = str(error) or type(error).__name__
+            raise MeasureError(f"{name} failed: {reason}{exit_message}") from None
         if status >= 400:
             text = " ".join(body[:200].decode(errors="replace").split())
             remedy = "correct footprint.requests"
             if status >= 500:
                 remedy = "see `gpufarm logs measure`, and correct the model or footprint.requests"
-            raise MeasureError(f"{what} was answered {status}: {text}; {remedy}")
+            raise MeasureError(f"{name} returned {status}: {text}; {remedy}")
 
 
-def _how_it_ended(worker: RunningWorker, patience: float = 2.0) -> str:
-    """Words about its end; empty if it lives. A connection breaks a moment before the exit."""
-    deadline = time.monotonic() + patience
+def _exit_message(worker: RunningWorker, timeout: float = 2.0) -> str:
+    """Describe its exit; empty if it still runs after ``timeout`` seconds.
+
+    A connection breaks a moment before the process exits.
+    """
+    deadline = time.monotonic() + timeout
     while (code := worker.exit_code()) is None:
         if time.monotonic() > deadline:
             return ""
         time.sleep(0.02)
-    said = f": {words}" if (words := worker.last_words()) else ""
-    return f"; the worker ended with exit code {code}{said}"
+    detail = f": {reason}" if (reason := worker.exit_reason()) else ""
+    return f"; the worker ended with exit code {code}{detail}"
 
 
-def _exchange(worker: RunningWorker, probe: Probe, timeout: float) -> tuple[int, bytes]:
-    """One request; the status and the beginning of the body. All of it is read, within ``timeout``
-    seconds. Raises TimeoutError, OSError, HTTPException."""
+def _send(worker: RunningWorker, probe: Probe, timeout: float) -> tuple[int, bytes]:
+    """Send a request and read the whole response within ``timeout`` seconds.
+
+    Returns the status and the first MiB of the body. Raises TimeoutError, OSError, HTTPException.
+    """
     deadline = time.monotonic() + timeout
     connection = http.client.HTTPConnection(worker.host, worker.port, timeout=timeout)
     try:

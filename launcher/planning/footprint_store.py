@@ -1,7 +1,7 @@
-"""Measured footprints, kept so that a farm is sized once and not at every start.
+"""Store measured footprints, so that a farm is measured once and not at every start.
 
-The key holds everything that could change the number. Versions come from the packages' metadata:
-nothing is imported to be asked.
+The key holds everything that could change the footprint. Versions come from the packages' metadata,
+without importing them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from launcher.config.state import StateDir, read_json, set_aside, write_json
 from launcher.planning.inventory import Device, Footprint
 
 PACKAGES = ("gpufarm", "torch", "onnxruntime", "onnxruntime-gpu", "transformers", "tensorrt")
-MOST_FILES = 10_000
-"""A folder with more files is told apart by the first so many."""
+MAX_FILES = 10_000
+"""Files of one folder that count for the key; further ones are ignored."""
 EDGE = 1 << 20
-"""Bytes read from both ends of a large file: weights of the same shape take the same memory."""
+"""Bytes hashed at both ends of a large file: weights of one shape take the same memory."""
 VERSION = 1
 
 
@@ -40,7 +40,7 @@ class FootprintStore:
         self._adapter = TypeAdapter(Footprint)
 
     def find(self, key: Mapping[str, Any]) -> Footprint | None:
-        """The footprint measured under the very same circumstances; None where there is none."""
+        """Return the footprint stored for exactly this key; None when there is none."""
         entry = self._read().get(digest(key))
         if not isinstance(entry, dict):
             return None
@@ -50,7 +50,7 @@ class FootprintStore:
             return None
 
     def put(self, key: Mapping[str, Any], footprint: Footprint) -> None:
-        """Keep it. Raises StateError or ConfigError where the directory refuses."""
+        """Store it. Raises StateError or ConfigError when it cannot be written."""
         entries = self._read()
         entries[digest(key)] = {"footprint": asdict(footprint), "key": dict(key)}
         write_json(self._path, {"version": VERSION, "footprints": entries})
@@ -71,14 +71,14 @@ def digest(key: Mapping[str, Any]) -> str:
 
 
 def key_of(settings: Settings, device: Device) -> dict[str, Any]:
-    """Everything that the footprint depends on, JSON-ready."""
+    """Return everything that the footprint depends on, ready for JSON."""
     model = settings.model
     return {
         "model": {
             "target": model.target,
             "command": list(model.command),
             "args": model.args,
-            # It may hold a token, and what the store tells of a key is for reading.
+            # Hashed: it may hold a token, and the stored key is readable.
             "environment": digest(model.environment),
             "files": files_digest(settings),
         },
@@ -95,12 +95,12 @@ def key_of(settings: Settings, device: Device) -> dict[str, Any]:
 
 
 def _total(device: Device) -> int | None:
-    """Of a GPU; how much RAM there is beside the CPU says nothing about a worker."""
+    """Return a GPU's memory in bytes; None for the CPU, whose RAM does not affect a worker."""
     return None if device.kind == "cpu" else device.total
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what decides about memory; what is not installed is left out."""
+    """Return the installed versions of the packages that affect memory."""
     found = {}
     for name in PACKAGES:
         try:
@@ -111,7 +111,7 @@ def versions() -> dict[str, str]:
 
 
 def files_digest(settings: Settings) -> str:
-    """A hash of the model's files: its source, and whatever arguments or the command name."""
+    """Return a hash of the model's files: its source, and those its arguments or command name."""
     total = hashlib.sha256()
     for path in sorted(set(model_files(settings))):
         total.update(str(path).encode())
@@ -120,11 +120,11 @@ def files_digest(settings: Settings) -> str:
 
 
 def model_files(settings: Settings) -> Iterator[Path]:
-    """The class's module or package, and every argument that is the path of a file or folder."""
+    """Yield the files of the class's module or package, and those that arguments name."""
     model, folder = settings.model, settings.folder
     if model.target and (source := _module_source(settings)):
         yield from _files(source)
-    # An interpreter's version is in the key; its own file would say less.
+    # The interpreter's version is in the key already.
     interpreter = Path(sys.executable).resolve()
     for text in [*model.command, *_texts(model.args)]:
         named = folder / text if 0 < len(text) < 1024 and "\0" not in text else None
@@ -136,7 +136,7 @@ def model_files(settings: Settings) -> Iterator[Path]:
 
 
 def source_files(settings: Settings) -> Iterator[Path]:
-    """The model's own code: its class's module or package, and the files that its command names."""
+    """Yield the model's own code: its class's module or package, and files of its command."""
     model, folder = settings.model, settings.folder
     if model.target and (source := _module_source(settings)):
         yield from (path for path in _files(source) if path.suffix == ".py")
@@ -147,7 +147,7 @@ def source_files(settings: Settings) -> Iterator[Path]:
 
 
 def _module_source(settings: Settings) -> Path | None:
-    """Where a worker would import the class from, found without importing anything."""
+    """Return the path that a worker would import the class from, without importing it."""
     parts = settings.model.target.partition(":")[0].split(".")
     for folder in [*map(str, settings.import_path), *sys.path]:
         base = Path(folder or ".").joinpath(*parts)
@@ -173,7 +173,7 @@ def _files(path: Path) -> Iterator[Path]:
     if path.is_file():
         yield path
         return
-    yield from islice(_walk(path), MOST_FILES)
+    yield from islice(_walk(path), MAX_FILES)
 
 
 def _walk(top: Path) -> Iterator[Path]:
@@ -185,7 +185,7 @@ def _walk(top: Path) -> Iterator[Path]:
 
 
 def _edges(path: Path) -> bytes:
-    """A hash of a file; of a large one, of its size and both ends."""
+    """Hash a file; of a large one, its size and both ends."""
     total = hashlib.sha256()
     try:
         size = path.stat().st_size

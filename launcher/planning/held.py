@@ -1,4 +1,4 @@
-"""What a farm's own workers hold: a new plan for a running farm counts it as free."""
+"""Memory that a farm's own workers hold: a new plan for a running farm counts it as free."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Held:
 
 
 def held_by(workers: Iterable[Mapping[str, Any]], footprint: Footprint) -> Held:
-    """What the workers of ``GET /workers`` hold (id, pid, device, memory_bytes).
+    """Sum what the workers of ``GET /workers`` hold (pid, device, memory_bytes).
 
-    A worker has what was measured (``footprint``) where the driver does not tell whose memory it
-    is, and where its process cannot be read.
+    The measured ``footprint`` counts where the driver does not report a process's memory, and where
+    the process cannot be read.
     """
     devices: Counter[str] = Counter()
     host_ram = 0
@@ -46,9 +46,9 @@ def held_by(workers: Iterable[Mapping[str, Any]], footprint: Footprint) -> Held:
 
 
 def about_to_use(plan: Plan, held: Held | None = None) -> dict[str, int]:
-    """Device id → bytes that the plan's workers will take beyond what they hold already.
+    """Return device id → bytes that the plan's workers will use beyond what they hold already.
 
-    "cpu" is the host's RAM. Devices with nothing to come are left out.
+    "cpu" is the host's RAM. Devices without further use are left out.
     """
     held = held or Held()
     footprint, need = plan.footprint, Counter[str]()
@@ -65,15 +65,15 @@ def about_to_use(plan: Plan, held: Held | None = None) -> dict[str, int]:
 
 
 def of_starts(plan: Plan, devices: Sequence[str]) -> dict[str, int]:
-    """Device id → bytes that workers on these devices, named once for each, are about to take.
+    """Return device id → bytes that workers about to start on ``devices`` will use.
 
-    "cpu" is the host's RAM.
+    ``devices`` holds one entry a worker. "cpu" is the host's RAM.
     """
     footprint, need = plan.footprint, Counter[str]()
     for device in devices:
         need[device] += footprint.steady
         if device != CPU:
             need[CPU] += footprint.host_ram or 0
-    for device in set(devices):  # one start at a time
+    for device in set(devices):  # workers start one at a time
         need[device] += footprint.peak - footprint.steady
     return dict(need)

@@ -1,6 +1,6 @@
-"""The cores and the RAM that this process may use: affinity, cgroup v1 and v2, MemAvailable.
+"""Read the cores and RAM that this process may use: affinity, cgroup v1 and v2, MemAvailable.
 
-Everything is read below ``root``, so that a test can lay out any machine in a folder.
+All files are read below ``root``, so that a test can lay out any machine in a folder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class CgroupFolder:
 
 
 def read_host(root: Path = Path("/"), affinity: int | None = None) -> Host:
-    """What this process may use. ``affinity``: cores it may run on, asked of the kernel if None."""
+    """Return what this process may use. ``affinity``: its number of cores; None asks the kernel."""
     cores, cores_from = float(affinity or len(os.sched_getaffinity(0))), "affinity"
     for folder in cgroup_folders(root, "cpu"):
         quota = cpu_quota(folder)
@@ -46,7 +46,7 @@ def read_host(root: Path = Path("/"), affinity: int | None = None) -> Host:
 
 
 def overridden(host: Host, cores: int = 0, ram: int | None = None) -> Host:
-    """The host as somebody says it is. Less RAM than there is limits; more is believed."""
+    """Apply budget.cores and budget.ram. Less RAM than there is limits; more is trusted."""
     if cores:
         host = replace(host, cores=float(cores), cores_from="given")
     if ram is not None:
@@ -57,7 +57,7 @@ def overridden(host: Host, cores: int = 0, ram: int | None = None) -> Host:
 
 
 def meminfo(root: Path) -> tuple[int, int]:
-    """(MemTotal, MemAvailable) in bytes."""
+    """Return (MemTotal, MemAvailable) in bytes."""
     values: dict[str, int] = {}
     for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines():
         name, _, rest = line.partition(":")
@@ -67,9 +67,9 @@ def meminfo(root: Path) -> tuple[int, int]:
 
 
 def cgroup_folders(root: Path, controller: str) -> Iterator[CgroupFolder]:
-    """This process's control group and everything above it, for one controller, innermost first.
+    """Yield this process's control group and its ancestors for one controller, innermost first.
 
-    On a hybrid machine both versions are walked; a level without limits says nothing.
+    On a hybrid machine both versions are walked.
     """
     groups = _own_groups(root)
     for mount_point, mount_root, controllers in _mounts(root):
@@ -90,7 +90,7 @@ def cgroup_folders(root: Path, controller: str) -> Iterator[CgroupFolder]:
 
 
 def _own_groups(root: Path) -> dict[str, PurePosixPath]:
-    """Controller → path in its hierarchy; "" is version 2."""
+    """Return controller → path in its hierarchy; "" is version 2."""
     groups: dict[str, PurePosixPath] = {}
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
@@ -101,7 +101,7 @@ def _own_groups(root: Path) -> dict[str, PurePosixPath]:
 
 
 def _mounts(root: Path) -> Iterator[tuple[PurePosixPath, PurePosixPath, set[str] | None]]:
-    """(mount point, the part of the hierarchy mounted there, v1 controllers or None for v2)."""
+    """Yield (mount point, mounted part of the hierarchy, v1 controllers or None for v2)."""
     try:
         lines = (root / "proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -116,8 +116,11 @@ def _mounts(root: Path) -> Iterator[tuple[PurePosixPath, PurePosixPath, set[str]
 
 
 def _inside(group: PurePosixPath, mount_root: PurePosixPath) -> PurePosixPath:
-    """The group's path below the mount point. In a container only its own part is mounted, and
-    the path may lie outside (``/..``): then the mount point itself is the group."""
+    """Return the group's path below the mount point.
+
+    In a container only its own part is mounted and the path may lie outside (``/..``): then the
+    mount point itself is the group.
+    """
     if ".." in group.parts:
         return PurePosixPath()
     if group.is_relative_to(mount_root):
@@ -126,7 +129,7 @@ def _inside(group: PurePosixPath, mount_root: PurePosixPath) -> PurePosixPath:
 
 
 def cpu_quota(folder: CgroupFolder) -> float | None:
-    """Cores that the quota of this level allows; None where it has none."""
+    """Return the cores that the quota of this level allows; None without a quota."""
     if folder.version == 2:
         fields = _text(folder.path / "cpu.max").split()
         quota, period = fields if len(fields) == 2 else ("max", "")
@@ -139,7 +142,7 @@ def cpu_quota(folder: CgroupFolder) -> float | None:
 
 
 def memory_limit(folder: CgroupFolder) -> int | None:
-    """Bytes that this level allows; None where it has no limit."""
+    """Return the bytes that this level allows; None without a limit."""
     names = ("memory.max", "memory.high") if folder.version == 2 else ("memory.limit_in_bytes",)
     limits = [int(text) for name in names if (text := _text(folder.path / name)).isdecimal()]
     limits = [limit for limit in limits if limit < UNLIMITED]
@@ -147,7 +150,7 @@ def memory_limit(folder: CgroupFolder) -> int | None:
 
 
 def working_set(folder: CgroupFolder) -> int:
-    """Bytes in use at this level, without the page cache that the kernel would give up first."""
+    """Return the bytes in use at this level, without page cache that the kernel can reclaim."""
     name = "memory.current" if folder.version == 2 else "memory.usage_in_bytes"
     used = _text(folder.path / name)
     cache = "inactive_file" if folder.version == 2 else "total_inactive_file"
@@ -160,9 +163,9 @@ def working_set(folder: CgroupFolder) -> int:
 
 
 def killed_for_memory(root: Path = Path("/")) -> int:
-    """How many processes of this control group the kernel has ended because memory ran out.
+    """Return how many processes of this control group the OOM killer has ended.
 
-    0 where the group does not count them; the processes of the groups below it count as well.
+    Includes the groups below it; 0 where the group does not count them.
     """
     for folder in cgroup_folders(root, "memory"):
         name = "memory.events" if folder.version == 2 else "memory.oom_control"

@@ -1,4 +1,4 @@
-"""What there is to plan with: devices, the host, and the footprint of one worker."""
+"""The inputs of a plan: devices, the host, and the footprint of one worker."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-DeviceKind = Literal["gpu", "mig", "cpu", "imagined"]
+DeviceKind = Literal["gpu", "mig", "cpu", "hypothetical"]
 
 
 @dataclass(frozen=True)
@@ -16,15 +16,15 @@ class Tenant:
     pid: int
     name: str = ""
     bytes: int | None = None
-    """Device memory it holds; None where the driver does not tell."""
+    """Device memory it holds; None where the driver does not report it."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, a MIG slice, the CPU with its RAM, or one that was only given as a size."""
+    """A GPU, a MIG slice, the CPU with its RAM, or a hypothetical device given by its size."""
 
     id: str
-    """The UUID (``GPU-…``, ``MIG-…``), ``cpu``, or ``device0`` for an imagined one."""
+    """The UUID (``GPU-…``, ``MIG-…``), ``cpu``, or ``device0`` for a hypothetical one."""
     name: str
     kind: DeviceKind
     total: int
@@ -32,13 +32,13 @@ class Device:
     free: int
     """Bytes that are free now."""
     index: int = 0
-    """Its place in the driver's order; for people, never for selecting."""
+    """Its position in the driver's order; for display, never for selecting."""
     tenants: tuple[Tenant, ...] = ()
     driver: str = ""
     parent: str = ""
     """UUID of the GPU that a MIG slice is cut from."""
     exclusive: bool = False
-    """Its compute mode lets only one process in."""
+    """Whether its compute mode allows only one process."""
     problem: str = ""
     """Why it cannot be used (lost, reset required, no permission); empty when it can."""
 
@@ -58,7 +58,7 @@ class Host:
     """Bytes available without swapping, within the memory limits. None: not considered."""
     cores_from: str = ""
     ram_from: str = ""
-    """Which limit gave the numbers: "affinity", "cgroup quota", "MemAvailable", …"""
+    """Which limit gave the numbers: "affinity", "cgroup v2 quota", "MemAvailable", …"""
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ class Footprint:
     requests: int = 0
     """How many requests were run while measuring."""
     exact: bool = True
-    """False when other processes moved the device's memory meanwhile: then it is a guess, too large
-    where one came and too small where one left."""
+    """False when other processes changed the device's memory during the measurement: then it is an
+    estimate, too large where one started and too small where one ended."""
 
     @classmethod
     def covering(cls, several: Sequence[Footprint]) -> Footprint:
-        """One that is enough on each device on which one of ``several`` was measured."""
+        """Return one that suffices on every device on which one of ``several`` was measured."""
         largest = max(several, key=lambda one: one.steady)
         return replace(
             largest,
@@ -97,5 +97,5 @@ class Footprint:
 
     @classmethod
     def given(cls, size: int) -> Footprint:
-        """A footprint that somebody states instead of measuring it: peak and steady are one."""
+        """Return the footprint of footprint.bytes: peak and steady are equal."""
         return cls(peak=size, steady=size)

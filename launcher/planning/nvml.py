@@ -1,4 +1,4 @@
-"""GPUs and MIG slices as the driver tells of them (NVML): identity, free memory, tenants."""
+"""GPUs and MIG slices as the driver reports them (NVML): identity, free memory, tenants."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXCLUSIVE_PROCESS, PROHIBITED = 3, 2
 
 
 class Nvml(Protocol):
-    """The part of the module ``pynvml`` that is used here; tests hand in a fake."""
+    """The part of the module ``pynvml`` that is used here; tests pass a fake."""
 
     NVMLError: type[Exception]
     NVMLLibraryMismatchError: type[Exception]
@@ -49,9 +49,9 @@ class Driver:
 
     @classmethod
     def open(cls, nvml: Nvml | None = None) -> Driver | None:
-        """None where there is no driver, or none that answers: then there are no GPUs."""
+        """Open NVML; None without a driver that responds, which means no GPUs."""
         if nvml is None:
-            import pynvml  # noqa: PLC0415 - 35 ms that a plan for imagined devices need not spend
+            import pynvml  # noqa: PLC0415 - 35 ms that a plan for hypothetical devices need not spend
 
             nvml = pynvml
         try:
@@ -81,9 +81,9 @@ class Driver:
             self._nvml.nvmlShutdown()
 
     def devices(self) -> list[list[Device]]:
-        """For each GPU in the driver's order: itself, or its MIG slices where MIG is on.
+        """Return for each GPU, in the driver's order, itself or its MIG slices where MIG is on.
 
-        A GPU that does not answer is there too, with its ``problem``.
+        A GPU that does not respond is listed with its ``problem``.
         """
         try:
             count = self._nvml.nvmlDeviceGetCount()
@@ -92,7 +92,7 @@ class Driver:
         return [self._gpu(index) for index in range(count)]
 
     def free(self, uuid: str) -> int:
-        """Bytes free now on a GPU or slice. Raises LookupError when the driver has none to tell."""
+        """Return the bytes free on a GPU or slice. Raises LookupError if it is unknown."""
         try:
             handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
             return int(self._nvml.nvmlDeviceGetMemoryInfo(handle).free)
@@ -100,7 +100,7 @@ class Driver:
             raise LookupError(f"{uuid}: {error}") from None
 
     def tenants(self, uuid: str) -> tuple[Tenant, ...]:
-        """Processes on a GPU or slice, as far as the driver tells."""
+        """Return the processes on a GPU or slice, as far as the driver reports them."""
         try:
             return self._tenants(self._nvml.nvmlDeviceGetHandleByUUID(uuid))
         except self._nvml.NVMLError:
@@ -110,7 +110,7 @@ class Driver:
         nvml = self._nvml
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            # Asked first: who may use a slice may not ask the GPU that it is cut from for more.
+            # First: a process that may use a slice may not query more of the GPU that holds it.
             if self._mig_is_on(handle):
                 return self._mig(handle, index)
             return [self._device(handle, index, "gpu")]
@@ -122,7 +122,7 @@ class Driver:
         nvml = self._nvml
         parent, slices = _text(nvml.nvmlDeviceGetUUID(handle)), []
         for place in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
-            with suppress(nvml.NVMLError):  # a place without a slice, or somebody else's
+            with suppress(nvml.NVMLError):  # an empty place, or another user's slice
                 one = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place)
                 slices.append(replace(self._device(one, index, "mig"), parent=parent))
         if slices:
@@ -162,7 +162,7 @@ class Driver:
             nvml.nvmlDeviceGetComputeRunningProcesses,
             nvml.nvmlDeviceGetGraphicsRunningProcesses,
         ):
-            # The binding's error for a driver too old for its call is no NVMLError.
+            # The binding's error for a driver too old for this call is not an NVMLError.
             with suppress(nvml.NVMLError, nvml.NVMLLibraryMismatchError):
                 for process in ask(handle):
                     pid = int(process.pid)
@@ -171,7 +171,7 @@ class Driver:
 
 
 def _process_name(pid: int) -> str:
-    """Empty where it cannot be known: in a container the driver tells the host's numbers."""
+    """Return its name; empty where unknown: in a container the driver lists the host's pids."""
     try:
         return psutil.Process(pid).name()
     except (psutil.Error, ValueError):
@@ -179,5 +179,5 @@ def _process_name(pid: int) -> str:
 
 
 def _text(value: Any) -> str:
-    """Old versions of the binding answer bytes."""
+    """Decode what old versions of the binding return as bytes."""
     return value.decode() if isinstance(value, bytes) else str(value)

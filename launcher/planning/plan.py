@@ -1,6 +1,6 @@
-"""The plan: which worker on which device, and the arithmetic that led there. Pure.
+"""Plan which worker runs on which device, and explain the numbers. Pure.
 
-Memory, host RAM and ``workers.max`` refuse; cores cap only ``auto``.
+Memory, host RAM and ``workers.max`` are hard limits; cores limit only ``auto``.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ CAP_NAMES: Mapping[str, str] = {
 }
 
 
-MORE_ROOM = "free device memory, or lower budget.headroom"
+MEMORY_REMEDY = "free device memory, or lower budget.headroom"
 
 
-class DoesNotFit(Exception):  # noqa: N818 - an answer, not a fault
-    """What was asked for is more than there is. One line with the numbers; exit code 3."""
+class DoesNotFit(Exception):  # noqa: N818 - a result, not a fault
+    """The requested workers do not fit. One line with the numbers; exit code 3."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Limits:
     max: int = 16
     threads: int = 1
     memory: int | None = None
-    """The most bytes that the farm may use of each device."""
+    """Maximum bytes that the farm may use of each device."""
     headroom: int | None = None
     """Bytes kept free on each device; None: ``default_headroom``."""
 
@@ -65,15 +65,15 @@ class DevicePlan:
     device: Device
     headroom: int
     budget: int
-    """What workers may use: free - headroom, and at most ``budget.memory``."""
+    """Bytes that workers may use: free - headroom, and at most ``budget.memory``."""
     fits: int
     """Workers that its memory allows."""
     slots: int
-    """Workers that it may ever get in this plan."""
+    """Maximum number of workers it can get in this plan."""
     workers: int
     """Workers that it gets now."""
     left: int
-    """Budget that its workers leave."""
+    """Budget that its workers leave unused."""
     next_worker_needs: int
     """Bytes that are missing for one more; 0 when its memory would allow it."""
 
@@ -84,7 +84,7 @@ class DevicePlan:
 
 @dataclass(frozen=True)
 class Caps:
-    """The four caps, in workers. None: not considered, or not measured."""
+    """The four limits, in workers. None: not considered, or not measured."""
 
     memory: int
     ram: int | None
@@ -93,7 +93,7 @@ class Caps:
 
     @property
     def hard(self) -> tuple[Binding, int]:
-        """The cap that refuses first, and its number."""
+        """The smallest hard limit: its name and its number."""
         named: list[tuple[Binding, int | None]] = [
             ("memory", self.memory),
             ("ram", self.ram),
@@ -107,7 +107,7 @@ class Plan:
     """Immutable; the only input to rendering."""
 
     slots: tuple[Slot, ...]
-    """As many as could ever be scaled to; every prefix spreads evenly over the devices."""
+    """As many as the farm can scale to; every prefix spreads evenly over the devices."""
     devices: tuple[DevicePlan, ...]
     count: int
     """The desired number of workers now: the first ``count`` slots."""
@@ -120,18 +120,18 @@ class Plan:
     threads: int = 1
     warnings: tuple[str, ...] = ()
     refusal: str = ""
-    """Why this cannot be done, with the numbers; empty when it can."""
+    """Why the plan is not possible, with the numbers; empty when it is."""
 
     @property
     def capacity(self) -> int:
-        """The most workers that this plan can be scaled to."""
+        """The maximum number of workers of this plan."""
         return len(self.slots)
 
     def device_of(self, slot: Slot) -> Device:
         return next(plan.device for plan in self.devices if plan.id == slot.device_id)
 
     def with_ports(self, ports: Sequence[int]) -> Plan:
-        """The same plan with one port for each slot, in order."""
+        """Return the same plan with one port for each slot, in order."""
         if len(ports) < len(self.slots):
             raise ValueError(f"{len(ports)} ports for {len(self.slots)} slots")
         slots = tuple(
@@ -140,26 +140,26 @@ class Plan:
         return replace(self, slots=slots)
 
     def refusal_for(self, count: int) -> str:
-        """Why the farm cannot have ``count`` workers, with the numbers; empty when it can."""
+        """Return why ``count`` workers do not fit, with the numbers; empty when they do."""
         return "" if count <= self.caps.hard[1] else _refusal(self, count)
 
     def warnings_for(self, count: int) -> tuple[str, ...]:
-        """What to say about ``count`` workers that are allowed but not advised."""
+        """Return warnings about ``count`` workers that fit but are not advised."""
         if self.caps.cores is None or count <= self.caps.cores:
             return ()
         return (
             f"{_workers(count)} of {_threads(self.threads)} on {self.host.cores:g} "
-            f"cores: they will slow each other down",
+            f"cores will slow each other down",
         )
 
     def checked(self) -> Plan:
-        """Itself. Raises DoesNotFit when it is refused."""
+        """Return itself. Raises DoesNotFit when the plan has a refusal."""
         if self.refusal:
             raise DoesNotFit(self.refusal)
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready; ``total_workers`` repeats ``count`` for readers of ``plan --json``."""
+        """Return it ready for JSON; ``total_workers`` repeats ``count`` for ``plan --json``."""
         return {**asdict(self), "total_workers": self.count, "capacity": self.capacity}
 
     @classmethod
@@ -168,15 +168,15 @@ class Plan:
 
 
 def default_headroom(total: int) -> int:
-    """max(1 GiB, 5 % of the device), in bytes."""
+    """Return max(1 GiB, 5 % of the device), in bytes."""
     return max(GIB, total // 20)
 
 
 def fitting(budget: int, footprint: Footprint) -> int:
-    """Workers that ``budget`` bytes hold.
+    """Return how many workers fit into ``budget`` bytes.
 
-    They start one at a time, so the extra of one start (peak - steady) is kept free throughout;
-    the first one has to fit with its whole peak.
+    They start one at a time, so the extra memory of one start (peak - steady) stays free; the first
+    one has to fit with its whole peak.
     """
     if budget < footprint.peak or footprint.steady <= 0:
         return 0
@@ -184,36 +184,36 @@ def fitting(budget: int, footprint: Footprint) -> int:
     return 1 + (after_first - (footprint.peak - footprint.steady)) // footprint.steady
 
 
-def room_of(device: Device, limits: Limits) -> int:
-    """Bytes that workers may use of it now."""
+def usable_memory(device: Device, limits: Limits) -> int:
+    """Return the bytes that workers may use of a device now."""
     return _budget(device, _headroom(device, limits), limits)
 
 
-def places_to_measure(devices: Sequence[Device], limits: Limits) -> tuple[Device, ...]:
-    """Of each kind of device that has room the one with the most, the roomiest kind first.
+def devices_to_measure(devices: Sequence[Device], limits: Limits) -> tuple[Device, ...]:
+    """Return the device with the most usable memory of each kind, the largest first.
 
-    Raises DoesNotFit where none has.
+    Raises DoesNotFit when no device has any.
     """
     usable = [device for device in devices if not device.problem]
     if not usable:
         problems = "; ".join(f"{d.name}: {d.problem}" for d in devices) or "none found"
         raise DoesNotFit(f"no device to run on ({problems}); name one with budget.devices")
-    rooms = {d.id: room_of(d, limits) for d in usable}
+    rooms = {d.id: usable_memory(d, limits) for d in usable}
     best: dict[tuple[str, int], Device] = {}
     for device in sorted(usable, key=lambda d: rooms[d.id]):
         if rooms[device.id] > 0:
             best[device.name, device.total] = device
     if not best:
         rows = ", ".join(_row(d, rooms[d.id], _headroom(d, limits)) for d in usable)
-        raise DoesNotFit(f"no worker fits, not even to be measured ({rows}); {MORE_ROOM}")
+        raise DoesNotFit(f"no memory to measure a worker in ({rows}); {MEMORY_REMEDY}")
     return tuple(sorted(best.values(), key=lambda d: -rooms[d.id]))
 
 
 def plan(devices: Sequence[Device], footprint: Footprint, host: Host, limits: Limits) -> Plan:
-    """Place workers on devices. Never raises: a plan that cannot be done carries its refusal."""
+    """Place workers on devices. Never raises: a plan that is not possible carries its refusal."""
     usable = [device for device in devices if not device.problem]
     headrooms = {d.id: _headroom(d, limits) for d in usable}
-    budgets = {d.id: room_of(d, limits) for d in usable}
+    budgets = {d.id: usable_memory(d, limits) for d in usable}
     fits = {d.id: _fits(d, budgets[d.id], footprint) for d in usable}
     caps = Caps(
         memory=sum(fits.values()),
@@ -251,11 +251,11 @@ def plan(devices: Sequence[Device], footprint: Footprint, host: Host, limits: Li
         host=host,
         threads=limits.threads,
     )
-    asked = max(1, count) if limits.count == "auto" else limits.count
-    refusal = result.refusal_for(asked)
+    needed = max(1, count) if limits.count == "auto" else limits.count
+    refusal = result.refusal_for(needed)
     warnings = [f"{d.name} ({d.id}) is left out: {d.problem}" for d in devices if d.problem]
     warnings += [
-        f"{d.name} ({d.id}) takes one worker: its compute mode is EXCLUSIVE_PROCESS"
+        f"{d.name} ({d.id}) gets one worker: its compute mode is EXCLUSIVE_PROCESS"
         for d in usable
         if d.exclusive
     ]
@@ -281,8 +281,11 @@ def _budget(device: Device, headroom: int, limits: Limits) -> int:
 def _ram_cap(
     devices: Sequence[Device], footprint: Footprint, host: Host, limits: Limits
 ) -> int | None:
-    """Workers that the host's RAM holds. The CPU's memory is RAM already, so it is not counted
-    twice; what a GPU worker takes of RAM may not be known, and then nothing is capped."""
+    """Return how many workers fit into the host's RAM; None where it does not limit them.
+
+    The CPU's device memory is RAM already and is not counted twice. A GPU worker's RAM may be
+    unknown.
+    """
     if host.ram_free is None or host.ram_total is None or not footprint.host_ram:
         return None
     if all(device.kind == "cpu" for device in devices):
@@ -300,7 +303,7 @@ def _count(caps: Caps, requested: Count) -> tuple[Binding, int]:
 
 
 def _spread(devices: Sequence[Device], fits: Mapping[str, int], most: int) -> list[str]:
-    """Device ids in slot order: always the device with the fewest, then with the most room."""
+    """Return device ids in slot order: next is the device with the fewest, then the most room."""
     taken = {device.id: 0 for device in devices}
     order: list[str] = []
     while len(order) < most:
@@ -322,16 +325,16 @@ def _threads(count: int) -> str:
 
 
 def _refusal(plan: Plan, count: int) -> str:
-    """The numbers in one line, and what could be done."""
+    """Explain in one line, with the numbers and the remedy."""
     if not plan.devices:
         return "no device to run on; name one with budget.devices, or give --device 24GiB"
     (binding, most), footprint, host = plan.caps.hard, plan.footprint, plan.host
-    asked = f"{_workers(count)} do{'es' if count == 1 else ''} not fit"
+    subject = f"{_workers(count)} do{'es' if count == 1 else ''} not fit"
     if binding == "max":
-        return f"{asked}: workers.max = {most}; raise it (and run `gpufarm up`) for more"
+        return f"{subject}: workers.max = {most}; raise it (and run `gpufarm up`) for more"
     if binding == "ram":
         return (
-            f"{asked}: host RAM allows {most} ({format_size(footprint.host_ram or 0)} each of "
+            f"{subject}: host RAM allows {most} ({format_size(footprint.host_ram or 0)} each of "
             f"{format_size(host.ram_free or 0)} free); free some RAM"
         )
     need = f"{format_size(footprint.steady)} each"
@@ -340,19 +343,21 @@ def _refusal(plan: Plan, count: int) -> str:
     rows = ", ".join(_row(row.device, row.budget, row.headroom) for row in plan.devices)
     remedy = f"ask for {most}"
     if most == 0:
-        stated = any(is_stated(row.device, row.budget, row.headroom) for row in plan.devices)
-        remedy = "raise budget.memory" if stated else MORE_ROOM
-    return f"{asked}: memory allows {most} ({need}; {rows}); {remedy}"
+        limited = any(
+            is_limited_by_budget(row.device, row.budget, row.headroom) for row in plan.devices
+        )
+        remedy = "raise budget.memory" if limited else MEMORY_REMEDY
+    return f"{subject}: memory allows {most} ({need}; {rows}); {remedy}"
 
 
-def is_stated(device: Device, budget: int, headroom: int) -> bool:
-    """Whether budget.memory allows less than is free."""
+def is_limited_by_budget(device: Device, budget: int, headroom: int) -> bool:
+    """Return whether budget.memory allows less than is free."""
     return budget < device.free - headroom
 
 
 def _row(device: Device, budget: int, headroom: int) -> str:
-    if is_stated(device, budget, headroom):
-        return f"{device.name}: {format_size(budget)} usable, as budget.memory says"
+    if is_limited_by_budget(device, budget, headroom):
+        return f"{device.name}: {format_size(budget)} usable (budget.memory)"
     return (
         f"{device.name}: {format_size(budget)} usable of {format_size(device.free)} free, "
         f"{format_size(headroom)} headroom"

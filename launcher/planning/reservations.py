@@ -1,11 +1,11 @@
-"""Memory that farms of this machine are about to use and do not use yet.
+"""Reserve device memory that a starting farm will use and does not use yet.
 
-Two farms that start on one GPU at once would both plan with the same free bytes. So each reads the
-others' reservations, plans and writes its own under one lock. The directory is shared by all users
-of the machine: its sticky bit keeps the files of one from another, links are never followed, and a
-file counts only where its owner is the user in its name. A user may reserve as much as they like,
-as they may take the memory itself. Where no directory works, farms plan without it. Farms in other
-containers that share a GPU but not the directory are not seen.
+Two farms that start on one GPU at once would both plan with the same free bytes. So each farm reads
+the others' reservations, plans, and writes its own under one lock. The directory is shared by all
+users of the machine: its sticky bit protects each user's files, links are never followed, and a
+file counts only if its owner is the user in its name. Users can reserve any amount, as they can
+allocate the memory itself. Without a usable directory farms plan without reservations. Farms in
+other containers that share a GPU but not the directory are not visible.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-PLACES = (Path("/run/lock"), Path("/tmp"))  # noqa: S108 - checked before use
+PARENTS = (Path("/run/lock"), Path("/tmp"))  # noqa: S108 - checked before use
 FOLDER = "gpufarm-reservations"
 LOCK = "lock"
 LOCK_SECONDS = 15.0
-"""How long to wait for the lock: a plan takes a second, but any user could hold it for ever."""
+"""Timeout for the lock in seconds: planning takes one, but any user could hold it for ever."""
 KEPT_SECONDS = 15.0
-"""How long a reservation outlives its process: until another process of its farm renews it."""
+"""Seconds that a reservation outlives its process, until another process of its farm renews it."""
 MAX_BYTES = 64 * 1024
-"""Of one reservation file; a larger one is none of ours."""
+"""Maximum size of a reservation file in bytes; a larger one is ignored."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,19 @@ class Owner:
     boot: str
     pid: int
     started: int
-    """Clock ticks after the boot; with the pid it names one process of this boot."""
+    """Start time in clock ticks since boot; with the pid it identifies one process of this boot."""
 
 
 @contextmanager
 def locked() -> Iterator[None]:
-    """Hold the machine's lock while a plan is made and reserved.
+    """Hold the machine-wide lock while planning and reserving.
 
-    Goes on without it, with a warning, where there is no directory or the lock is not free in time.
+    Continues without it, with a warning, when there is no directory or the lock times out.
     """
     handle = _open_lock()
     try:
         if handle is not None and not _flock(handle):
-            log.warning("the lock for reservations is held by another user; going on without it")
+            log.warning("the lock for reservations is held by another user; continuing without it")
         yield
     finally:
         if handle is not None:
@@ -64,10 +64,10 @@ def locked() -> Iterator[None]:
 
 
 def others(state: Path) -> dict[str, int]:
-    """Device id → bytes that the other farms of this machine are about to use.
+    """Return device id → bytes that the other farms of this machine will use.
 
-    Read it before the devices' free memory: what has just come into use then counts twice, never
-    not at all.
+    Call it before reading the devices' free memory: memory allocated in between then counts twice
+    rather than not at all.
     """
     total: Counter[str] = Counter()
     folder = _folder()
@@ -85,16 +85,18 @@ def others(state: Path) -> dict[str, int]:
 
 
 def reserve(state: Path, devices: Mapping[str, int]) -> None:
-    """Reserve bytes of devices for this farm, in place of what it had reserved, and make this
-    process their owner. Nothing happens where there is no directory."""
+    """Replace this farm's reservation, with this process as its owner.
+
+    Does nothing without a shared directory.
+    """
     folder = _folder()
     if folder is None:
         return
-    wanted = {device: size for device, size in devices.items() if size > 0}
-    if not wanted:
+    needed = {device: size for device, size in devices.items() if size > 0}
+    if not needed:
         release(state)
         return
-    record = {"owner": asdict(_this_process()), "renewed": _now(), "devices": wanted}
+    record = {"owner": asdict(_this_process()), "renewed": _now(), "devices": needed}
     target = folder / _file_name(state)
     temporary = folder / f".{target.name}.{os.getpid()}"
     with suppress(OSError):
@@ -105,11 +107,11 @@ def reserve(state: Path, devices: Mapping[str, int]) -> None:
             json.dump(record, file)
         temporary.replace(target)
         return
-    log.warning("%s: cannot be written; other farms do not see what this one will use", target)
+    log.warning("%s cannot be written; other farms do not see this reservation", target)
 
 
 def release(state: Path) -> None:
-    """Take this farm's reservation back; nothing happens where it has none."""
+    """Remove this farm's reservation, if it has one."""
     if (folder := _folder()) is not None:
         with suppress(OSError):
             (folder / _file_name(state)).unlink(missing_ok=True)
@@ -126,34 +128,33 @@ def _owner_of(name: str) -> int:
 
 
 def _folder() -> Path | None:
-    """The shared directory, made where it is missing; None where no place is fit for one.
+    """Return the shared directory, created if missing; None when it cannot be.
 
-    A place is one that every user may write and that keeps their files apart, so that all of them
-    choose the same.
+    Its parent has to be world-writable and sticky, so that all users choose the same one.
     """
-    for place in PLACES:
-        if not _is_shared(place):
+    for parent in PARENTS:
+        if not _is_shared(parent):
             continue
-        folder = place / FOLDER
-        if _is_shared(folder) or _make(folder):
+        folder = parent / FOLDER
+        if _is_shared(folder) or _create(folder):
             return folder
     return None
 
 
-def _make(folder: Path) -> bool:
-    """Make it with its final mode at once: another farm may look for it at the same time."""
+def _create(folder: Path) -> bool:
+    """Create it with its final mode at once: another farm may look for it at the same time."""
     new = folder.with_name(f".{FOLDER}.{os.getpid()}")
     with suppress(OSError):
         new.mkdir()
         new.chmod(0o1777)  # whatever the umask
-        new.rename(folder)  # takes the place of nothing but an empty directory
+        new.rename(folder)  # replaces only an empty directory
     with suppress(OSError):
         new.rmdir()
     return _is_shared(folder)
 
 
 def _is_shared(folder: Path) -> bool:
-    """A real directory, no link, that all may write and in which none may remove others' files."""
+    """Return whether it is a real directory, no link, that is world-writable and sticky."""
     try:
         mode = folder.lstat().st_mode
     except OSError:
@@ -164,7 +165,9 @@ def _is_shared(folder: Path) -> bool:
 def _open_lock() -> int | None:
     folder = _folder()
     if folder is None:
-        log.warning("no directory for reservations; farms that start at once may plan too much")
+        log.warning(
+            "no directory for reservations; farms that start together may plan too much memory"
+        )
         return None
     path, flags = folder / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
@@ -173,11 +176,11 @@ def _open_lock() -> int | None:
     except FileNotFoundError:
         pass
     except OSError as error:
-        log.warning("%s: %s; going on without this lock", path, error.strerror)
+        log.warning("%s: %s; continuing without this lock", path, error.strerror)
         return None
     try:
         handle = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:  # another was faster
+    except FileExistsError:  # another farm created it first
         return _open_lock()
     os.fchmod(handle, 0o666)  # whatever the umask
     return handle
@@ -196,7 +199,7 @@ def _flock(handle: int) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A reservation; None where the file is not its user's own, or makes no sense."""
+    """Read a reservation; None when the file has another owner or is invalid."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(handle, "rb") as file:
@@ -223,7 +226,7 @@ def _is_size(value: object) -> bool:
 
 
 def _is_valid(record: Mapping[str, Any]) -> bool:
-    """Whether its process lives, or has just ended."""
+    """Return whether its process runs or has just ended."""
     owner: Owner = record["owner"]
     if owner.boot != _boot_id():
         return False
@@ -237,7 +240,7 @@ def _this_process() -> Owner:
 
 
 def _started(pid: int) -> int | None:
-    """Clock ticks from the boot to the start of a process; None where none of that number lives."""
+    """Return a process's start time in clock ticks since boot; None when it does not run."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         state, *fields = text.rpartition(")")[2].split()
@@ -253,5 +256,5 @@ def _boot_id() -> str:
 
 
 def _now() -> float:
-    """Seconds of this boot, the same for every process and never set back."""
+    """Return the seconds since boot: monotonic, and the same for every process."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

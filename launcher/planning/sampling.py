@@ -1,4 +1,4 @@
-"""Watching the memory that one worker takes, about twenty times a second, in a thread."""
+"""Sample the memory that one worker uses, about twenty times a second, in a thread."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from launcher.planning.nvml import Driver
 
 INTERVAL = 0.05
 """Seconds between samples."""
-PATIENCE = 10.0
-"""Seconds to wait for a device's memory to come to rest."""
-SETTLED = 64 * MIB
-"""Free device memory that differs by less is the same: drivers round, other tenants breathe."""
+SETTLE_TIMEOUT = 10.0
+"""Seconds to wait until a device's free memory stops changing."""
+TOLERANCE = 64 * MIB
+"""Bytes by which free device memory may differ: drivers round, other processes fluctuate."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes at one moment."""
+    """Memory in use at one moment, in bytes."""
 
     device: int
     host: int
@@ -34,21 +34,24 @@ class Usage:
 
 
 class Sampler(Protocol):
-    """How much a worker takes of its device and of the host."""
+    """Measures a worker's use of its device and of the host."""
 
     def begin(self) -> None:
-        """Called before the worker starts, with the device as others leave it."""
+        """Take the baseline. Call it before the worker starts."""
 
     def sample(self, pid: int) -> Usage:
-        """Now. Raises LookupError when the device does not answer."""
+        """Return the current usage. Raises LookupError when the device does not respond."""
 
     def returned(self) -> bool:
-        """After the worker has ended: whether the device is again as it was at the beginning, and
-        no other process is known to have moved its memory meanwhile."""
+        """Return, after the worker has ended, whether the measurement was undisturbed.
+
+        That is: the device is back at its baseline and no other process is known to have changed
+        its memory.
+        """
 
 
 class CpuSampler:
-    """The device is the CPU: its memory is the RAM of the process tree."""
+    """Sampler of the CPU: a worker's device memory is the RAM of its process tree."""
 
     def begin(self) -> None:
         pass
@@ -62,26 +65,26 @@ class CpuSampler:
 
 
 class GpuSampler:
-    """Changes of the device's free memory; what the driver tells of a process is unreliable."""
+    """Sampler of a GPU by its free memory: per-process figures of the driver are unreliable."""
 
-    def __init__(self, driver: Driver, uuid: str, patience: float = PATIENCE) -> None:
-        """``patience``: seconds to wait for the device's memory to come to rest."""
+    def __init__(self, driver: Driver, uuid: str, timeout: float = SETTLE_TIMEOUT) -> None:
+        """``timeout``: seconds to wait until the device's free memory stops changing."""
         self._driver = driver
         self._uuid = uuid
-        self._patience = patience
+        self._timeout = timeout
         self._baseline = 0
         self._host = 0
         self._round = 0
         self._tenants: set[int] = set()
         self._freed = False
-        """Whether more was free than at the beginning: another process gave memory back."""
+        """Whether more was free than at the baseline: another process freed memory."""
 
     def begin(self) -> None:
-        """Wait until nothing moves, so that somebody's exit is not taken for our start."""
+        """Wait until free memory is stable, so that another process's exit does not count."""
         last = self._driver.free(self._uuid)
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + self._timeout
         while time.monotonic() < deadline:
-            time.sleep(min(0.25, self._patience))
+            time.sleep(min(0.25, self._timeout))
             now = self._driver.free(self._uuid)
             if abs(now - last) < MIB:
                 last = now
@@ -96,22 +99,24 @@ class GpuSampler:
             self._host = tree_pss(pid)
         self._round += 1
         taken = self._baseline - self._driver.free(self._uuid)
-        self._freed = self._freed or taken <= -SETTLED
+        self._freed = self._freed or taken <= -TOLERANCE
         return Usage(max(0, taken), self._host)
 
     def returned(self) -> bool:
-        return self._is_as_before() and not self._freed and self._tenants_stayed()
+        return self._is_at_baseline() and not self._freed and self._tenants_stayed()
 
     def _tenants_stayed(self) -> bool:
-        """Whether all who were there still are. One that left while another came moves memory
-        without a trace in the sum. Of those who came the sum tells."""
+        """Return whether the device's other processes still run.
+
+        If one ends while another starts, the sum of free memory may not show it.
+        """
         return self._tenants <= {tenant.pid for tenant in self._driver.tenants(self._uuid)}
 
-    def _is_as_before(self) -> bool:
-        deadline = time.monotonic() + self._patience
+    def _is_at_baseline(self) -> bool:
+        deadline = time.monotonic() + self._timeout
         while True:
             difference = self._driver.free(self._uuid) - self._baseline
-            if abs(difference) < SETTLED:
+            if abs(difference) < TOLERANCE:
                 return True
             if difference > 0 or time.monotonic() > deadline:
                 return False
@@ -119,13 +124,13 @@ class GpuSampler:
 
 
 def tree_pss(pid: int) -> int:
-    """Proportional set size of a process and its descendants, in bytes; 0 once it has gone."""
+    """Return the PSS of a process and its descendants in bytes; 0 when it has ended."""
     try:
         process = psutil.Process(pid)
-        family = [process, *process.children(recursive=True)]
+        tree = [process, *process.children(recursive=True)]
     except psutil.Error:
         return 0
-    return sum(_pss(member) for member in family)
+    return sum(_pss(member) for member in tree)
 
 
 def _pss(process: psutil.Process) -> int:
@@ -139,8 +144,8 @@ def _pss(process: psutil.Process) -> int:
     return 0
 
 
-class Watch:
-    """The highest usage of each phase. ``phase`` is switched by whoever runs the worker."""
+class MemoryWatch:
+    """Records the highest usage of each phase. The caller switches the phase with ``enter``."""
 
     def __init__(self, sample: Callable[[], Usage], interval: float = INTERVAL) -> None:
         self._sample = sample
@@ -149,14 +154,14 @@ class Watch:
         self.phase = "starting"
         self.samples = 0
         self.device: dict[str, int] = {}
-        """Phase → the most bytes of the device."""
+        """Phase → maximum bytes of the device."""
         self.host = 0
-        """The most bytes of RAM, whatever the phase."""
+        """Maximum bytes of RAM in any phase."""
         self.failed = ""
-        """Why sampling ended early; empty while all is well."""
+        """Why sampling ended early; empty if it did not."""
 
     @contextmanager
-    def watching(self) -> Iterator[Watch]:
+    def running(self) -> Iterator[MemoryWatch]:
         thread = threading.Thread(target=self._run, name="sampling", daemon=True)
         thread.start()
         try:
@@ -166,11 +171,12 @@ class Watch:
             thread.join()
 
     def enter(self, phase: str) -> None:
-        """From here on, samples belong to ``phase``; it gets one at once."""
+        """Assign the following samples to ``phase``, and take one at once."""
         self.phase = phase
         self.take()
 
     def take(self) -> None:
+        """Take one sample. Raises LookupError when the device does not respond."""
         phase, usage = self.phase, self._sample()
         self.samples += 1
         self.device[phase] = max(self.device.get(phase, 0), usage.device)
@@ -185,12 +191,12 @@ class Watch:
                 self.failed = str(error)
                 return
             cost = time.monotonic() - begun
-            # Never spend more than a fifth of a core on looking.
+            # Never spend more than a fifth of a core on sampling.
             self._stopping.wait(max(self._interval - cost, 4 * cost))
 
 
 def sampler_for(kind: str, uuid: str, driver: Driver | None) -> Sampler:
-    """The sampler of a device."""
+    """Return the sampler of a device."""
     if kind == "cpu" or driver is None:
         return CpuSampler()
-    return GpuSampler(driver, uuid, PATIENCE)
+    return GpuSampler(driver, uuid, SETTLE_TIMEOUT)

@@ -1,4 +1,4 @@
-"""From settings to a plan: which footprint is known, how it is measured, and what follows."""
+"""Turn settings into a plan: find the stored footprint or measure it, then plan with it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from launcher.planning.footprint import (
 )
 from launcher.planning.footprint_store import FootprintStore, key_of
 from launcher.planning.inventory import Device, Footprint, Host
-from launcher.planning.plan import DoesNotFit, Limits, Plan, places_to_measure, plan, room_of
+from launcher.planning.plan import DoesNotFit, Limits, Plan, devices_to_measure, plan, usable_memory
 
 ATTEMPTS = 3
-"""How often a measurement is made at most that other processes disturb."""
+"""Maximum number of measurements while other processes disturb them."""
 Start = Callable[[Device], RunningWorker]
-"""Starts the configured worker on a device, alone."""
+"""Starts the configured worker on a device, to be measured."""
 
 
 def limits(settings: Settings) -> Limits:
@@ -39,10 +39,10 @@ def limits(settings: Settings) -> Limits:
 
 
 def read_host(settings: Settings, held: int = 0, reserved: int = 0) -> Host:
-    """What this host has, as far as budget.cores and budget.ram do not say otherwise.
+    """Return this host's cores and RAM, or what budget.cores and budget.ram say instead.
 
-    ``held``: bytes of RAM that the farm's own workers hold, which count as free; ``reserved``:
-    bytes that other farms are about to use, which do not.
+    ``held``: bytes of RAM that the farm's own workers hold; they count as free. ``reserved``: bytes
+    that other farms will use; they do not.
     """
     found = hosts.read_host()
     if found.ram_free is not None:
@@ -50,7 +50,7 @@ def read_host(settings: Settings, held: int = 0, reserved: int = 0) -> Host:
         found = replace(found, ram_free=min(free, found.ram_total or free))
     host = hosts.overridden(found, settings.budget.cores, settings.budget.ram)
     if found.ram_total is not None and (settings.budget.ram or 0) > found.ram_total:
-        # Such a budget is believed whatever is free, but not beyond what others will use of it.
+        # A budget above the host's RAM is trusted, less what other farms will use.
         host = replace(host, ram_free=max(0, (host.ram_free or 0) - reserved))
     return host
 
@@ -58,9 +58,9 @@ def read_host(settings: Settings, held: int = 0, reserved: int = 0) -> Host:
 def known_footprint(
     settings: Settings, devices: Sequence[Device], state: StateDir
 ) -> Footprint | None:
-    """footprint.bytes, else one that covers what was measured on such devices.
+    """Return footprint.bytes, else one that covers the stored measurements for these devices.
 
-    None where a kind of device could hold a worker and was not measured.
+    None when a kind of device could hold a worker and has no measurement.
     """
     if settings.footprint.bytes:
         return Footprint.given(settings.footprint.bytes)
@@ -71,15 +71,15 @@ def known_footprint(
         return None
     footprint = Footprint.covering(kept)
     with suppress(DoesNotFit):
-        for place in places_to_measure(usable, limits(settings)):
-            missing = store.find(key_of(settings, place)) is None
-            if missing and _could_hold(place, footprint, settings):
+        for device in devices_to_measure(usable, limits(settings)):
+            missing = store.find(key_of(settings, device)) is None
+            if missing and _has_room(device, footprint, settings):
                 return None
     return footprint
 
 
-def _could_hold(device: Device, footprint: Footprint, settings: Settings) -> bool:
-    return room_of(device, limits(settings)) >= footprint.peak
+def _has_room(device: Device, footprint: Footprint, settings: Settings) -> bool:
+    return usable_memory(device, limits(settings)) >= footprint.peak
 
 
 def measure_footprint(
@@ -91,51 +91,58 @@ def measure_footprint(
     *,
     again: bool = False,
 ) -> Footprint:
-    """Measure on one device of each kind, and keep what is exact. Returns one that covers all.
+    """Measure on one device of each kind, store exact results, and return one that covers all.
 
-    ``again``: also where it is known. Raises MeasureError; DoesNotFit where there is no room to
-    try, or where the kernel ended the worker because memory ran out.
+    ``again``: measure even where a footprint is stored. Raises MeasureError; DoesNotFit when there
+    is no memory to try, or when the OOM killer ended the worker.
     """
     store = FootprintStore(state)
     found: list[Footprint] = []
-    for place in places_to_measure(devices, limits(settings)):
-        key = key_of(settings, place)
+    for device in devices_to_measure(devices, limits(settings)):
+        key = key_of(settings, device)
         footprint = None if again else store.find(key)
-        too_small = found and not _could_hold(place, Footprint.covering(found), settings)
-        if footprint is None and too_small:
+        known_too_small = found and not _has_room(device, Footprint.covering(found), settings)
+        if footprint is None and known_too_small:
             continue  # it gets no worker anyway
         if footprint is None:
-            progress(f"measuring the footprint of one worker on {place.name}")
-            footprint = _undisturbed(settings, place, start, progress)
-            if footprint.exact:  # a guess serves this run, and is not kept
+            progress(f"measuring the footprint of one worker on {device.name}")
+            footprint = _measure_undisturbed(settings, device, start, progress)
+            if footprint.exact:  # an estimate serves this run and is not stored
                 store.put(key, footprint)
         found.append(footprint)
     return Footprint.covering(found)
 
 
-def _undisturbed(settings: Settings, device: Device, start: Start, progress: Progress) -> Footprint:
-    """Measure again while other processes disturb it. Where all attempts were disturbed, one that
-    covers them, not exact. Raises DisturbedError where none told anything."""
-    guesses: list[Footprint] = []
+def _measure_undisturbed(
+    settings: Settings, device: Device, start: Start, progress: Progress
+) -> Footprint:
+    """Measure until an attempt is undisturbed, at most ATTEMPTS times.
+
+    If all were disturbed, returns an estimate that covers them. Raises DisturbedError when none had
+    a result.
+    """
+    estimates: list[Footprint] = []
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            footprint = _measured(settings, device, start, progress)
+            footprint = _measure_once(settings, device, start, progress)
         except DisturbedError:
-            if attempt == ATTEMPTS and not guesses:
+            if attempt == ATTEMPTS and not estimates:
                 raise
         else:
             if footprint.exact:
                 return footprint
-            guesses.append(footprint)
+            estimates.append(footprint)
         if attempt < ATTEMPTS:
             progress(
-                f"other processes moved memory of {device.name} meanwhile: measuring again "
+                f"other processes changed the memory of {device.name}; measuring again "
                 f"({attempt + 1} of {ATTEMPTS})"
             )
-    return Footprint.covering(guesses)
+    return Footprint.covering(estimates)
 
 
-def _measured(settings: Settings, device: Device, start: Start, progress: Progress) -> Footprint:
+def _measure_once(
+    settings: Settings, device: Device, start: Start, progress: Progress
+) -> Footprint:
     from launcher.planning.nvml import Driver  # noqa: PLC0415 - together with pynvml, only for a GPU
     from launcher.planning.sampling import sampler_for  # noqa: PLC0415
 
@@ -155,10 +162,10 @@ def _measured(settings: Settings, device: Device, start: Start, progress: Progre
         if hosts.killed_for_memory() > killed_before:
             total = format_size(read_host(settings).ram_total or 0)
             raise DoesNotFit(
-                f"one worker does not fit into {total} of RAM: the kernel ended a process of it "
-                f"because memory ran out; free some, or raise the memory limit"
+                f"one worker does not fit into {total} of RAM: the kernel's OOM killer ended it; "
+                f"free RAM, or raise the memory limit"
             ) from error
-        if device.is_gpu:  # there may be others
+        if device.is_gpu:  # name it: there may be several
             raise type(error)(f"on {device.name}: {error}") from None
         raise
     finally:
@@ -169,23 +176,23 @@ def _measured(settings: Settings, device: Device, start: Start, progress: Progre
 def build_plan(
     settings: Settings, devices: Sequence[Device], host: Host, footprint: Footprint
 ) -> Plan:
-    """The plan, with a warning where the footprint may say too little or too much."""
+    """Return the plan, with warnings about a footprint that may be wrong."""
     result = plan(devices, footprint, host, limits(settings))
     warnings = [*result.warnings]
     if footprint.how == "measured" and footprint.requests == 0:
         warnings.append(
-            "the footprint was measured without a request: name the longest in footprint.requests, "
-            "or give the class longest_request()"
+            "the footprint was measured without a request; set footprint.requests to the longest, "
+            "or define longest_request() in the model class"
         )
-    if footprint.how == "measured" and any(device.kind == "imagined" for device in devices):
+    if footprint.how == "measured" and any(device.kind == "hypothetical" for device in devices):
         warnings.append(
-            f"the footprint was measured on {footprint.device}; elsewhere it may be another"
+            f"the footprint was measured on {footprint.device} and may differ on another device"
         )
     if not footprint.exact:
         warnings.append(
-            "other processes moved the device's memory whenever the footprint was measured: "
-            f"{format_size(footprint.steady)} is a guess and is not kept; measure again with "
-            "gpufarm plan --measure when it is quiet"
+            "other processes changed the device's memory during every measurement: "
+            f"{format_size(footprint.steady)} is an estimate and is not stored; measure again with "
+            "`gpufarm plan --measure` when the device is idle"
         )
     return replace(result, warnings=tuple(warnings))
 

@@ -1,1 +1,1 @@
-"""A farm's processes and the files that they are started from."""
+"""A farm's processes and the files that start them."""

@@ -1,6 +1,6 @@
-"""Log files that somebody deleted while their writer has them open.
+"""Recreate log files that were deleted while supervisord has them open.
 
-supervisord writes the logs of all processes but nginx's own; it opens them again on SIGUSR2.
+supervisord writes every log except nginx's own, and reopens its logs on SIGUSR2.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from launcher.config.state import StateError
 
 
 def reopen_missing_logs(logs: Path, names: Iterable[str], supervisor_pid: int) -> tuple[str, ...]:
-    """Let supervisord open all logs again where one was deleted. Returns the names of those.
+    """Have supervisord reopen all logs if one was deleted. Returns the names of the deleted ones.
 
-    ``names``: of the processes that are alive ("w1", "controller", "nginx"), and "supervisord".
-    Nothing happens while all files are there. Raises StateError where a file cannot be made.
+    ``names``: running processes ("w1", "controller", "nginx"), and "supervisord". Does nothing
+    while all files exist. Raises StateError when a file cannot be created.
     """
     deleted = _deleted_files(supervisor_pid)
     missing = tuple(
@@ -29,25 +29,25 @@ def reopen_missing_logs(logs: Path, names: Iterable[str], supervisor_pid: int) -
     if not missing:
         return ()
     for name in missing:
-        # supervisord would end by an error here, such as a full disk's; this end meets it first.
+        # An error while reopening, such as a full disk, would end supervisord: fail here first.
         path = logs / f"{name}.log"
         try:
             logs.mkdir(mode=0o700, exist_ok=True)
             path.touch()
         except OSError as error:
-            raise StateError(f"{path}: a deleted log cannot be made: {error.strerror}") from None
+            raise StateError(f"{path}: cannot recreate the deleted log: {error.strerror}") from None
     with suppress(ProcessLookupError):
         os.kill(supervisor_pid, signal.SIGUSR2)
     return missing
 
 
 def _deleted_files(pid: int) -> set[str]:
-    """Paths of deleted files that a process has open; also where others are there by now."""
+    """Return paths of deleted files that a process has open, also if the path exists again."""
     found = set()
     with suppress(OSError):
         for link in Path(f"/proc/{pid}/fd").iterdir():
             with suppress(OSError):
-                target = os.readlink(link)  # noqa: PTH115 - a text with a suffix
+                target = os.readlink(link)  # noqa: PTH115 - not a path: it has a suffix
                 if target.endswith(" (deleted)"):
                     found.add(target.removesuffix(" (deleted)"))
     return found

@@ -1,8 +1,8 @@
-"""``python -m launcher.supervision.die_with_parent PID COMMAND …``: become a command that ends with
-its parent, the process PID, even where that is killed.
+"""``python -m launcher.supervision.die_with_parent PID COMMAND …``: run a command that the kernel
+kills when its parent, the process PID, ends.
 
-Linux sends the signal; elsewhere the command simply runs. Set between fork and exec of a program
-of its own, for code that runs there in the parent's copy may deadlock. Standard library only.
+Only on Linux; elsewhere the command runs without it. A program of its own rather than a preexec_fn,
+which may deadlock in a process with threads. Standard library only.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import sys
 from contextlib import suppress
 
 PR_SET_PDEATHSIG = 1
-"""From <linux/prctl.h>; it lasts through exec."""
+"""From <linux/prctl.h>; it survives exec."""
 CANNOT_LOAD = 3
-"""As a worker's exit code: trying again would not help."""
+"""Exit code of a worker that cannot load and would fail again."""
 
 
 def main() -> None:
@@ -24,10 +24,10 @@ def main() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the signal was asked for
+    if os.getppid() != parent:  # the parent ended before prctl was called
         sys.exit(1)
     try:
-        os.execvp(command[0], command)  # noqa: S606 - to become it is the point
+        os.execvp(command[0], command)  # noqa: S606 - replaces this process
     except OSError as error:
         print(f"cannot run {command[0]}: {error.strerror} (model.command)", file=sys.stderr)
         sys.exit(CANNOT_LOAD)

@@ -1,4 +1,4 @@
-"""What a process wrote last, for whoever has to say why it ended."""
+"""Why a process ended: the last line of its log."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-_OURS = re.compile(
+_WORKER_RECORD = re.compile(
     r"\d{4}-\d\d-\d\dT[\d:.]+Z (?P<level>[A-Z]+) w\d+ (?:cannot load: )?(?P<message>.*)"
 )
-"""A line of a worker's log: time, level, worker, message."""
+"""A text record of a worker's log: time, level, worker, message."""
 LOG_TAIL = 64 * 1024
-LONGEST_WORDS = 300
+"""Bytes read from the end of a log."""
+MAX_LENGTH = 300
+"""Characters of an exit reason."""
 
 
-def last_line(log: Path) -> str:
-    """The last line that a process wrote; empty where there is none, or where all was well.
+def exit_reason(log: Path) -> str:
+    """Return the last line that a process logged; empty if there is none or it is an INFO record.
 
-    Of a line of our own workers only its message.
+    For a record of our own workers, only its message.
     """
     try:
         with log.open("rb") as file:
@@ -30,16 +32,16 @@ def last_line(log: Path) -> str:
     except OSError:
         return ""
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    if ours := _OURS.fullmatch(last):
-        last = "" if ours["level"] == "INFO" else ours["message"]
+    if match := _WORKER_RECORD.fullmatch(last):
+        last = "" if match["level"] == "INFO" else match["message"]
     elif (record := _json_record(last)) is not None:
         last = "" if record["level"] == "INFO" else str(record["message"])
         last = last.removeprefix("cannot load: ")
-    return last[:LONGEST_WORDS]
+    return last[:MAX_LENGTH]
 
 
 def _json_record(line: str) -> dict[str, Any] | None:
-    """A record of a worker of ours that logs JSON; None for any other line."""
+    """Parse a JSON record of one of our workers; None for any other line."""
     with suppress(ValueError, RecursionError):
         record = json.loads(line) if line.startswith("{") else None
         if isinstance(record, dict) and {"time", "level", "process", "message"} <= record.keys():
@@ -47,9 +49,12 @@ def _json_record(line: str) -> dict[str, Any] | None:
     return None
 
 
-def words_since(log: Path, started: float) -> str:
-    """The last line of a process that was started then (Unix seconds), not of one before it."""
+def exit_reason_since(log: Path, started: float) -> str:
+    """Return the exit reason of the process started at ``started`` (Unix seconds).
+
+    Empty if the log is older, since it then belongs to an earlier process.
+    """
     with suppress(OSError):
         if log.stat().st_mtime >= started:
-            return last_line(log)
+            return exit_reason(log)
     return ""

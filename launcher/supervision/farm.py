@@ -1,8 +1,8 @@
-"""A farm on disk: its generations of configuration, and the files its processes are started from.
+"""A farm on disk: its generations of configuration, and the files that start its processes.
 
-A generation is one configuration in full, with its plan. `up` writes one; it is a candidate until
-the workers have been replaced by its own, and current from then on. What cannot be rolled out is
-dropped, and the current one stays in force.
+A generation is one complete configuration with its plan. `up` writes one; it is a candidate until
+the workers run with it, and then becomes current. A candidate that cannot be rolled out is dropped,
+and the current generation stays in force.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class Generation:
     plan: Plan
     """With ports."""
     sources: str
-    """Digest of the model's own source when `up` read it."""
+    """Digest of the model's source at `up`."""
 
     def same_as(self, other: Generation) -> bool:
-        """Whether both are the same but for their number."""
+        """Return whether both are equal except for their number."""
         return replace(self, number=other.number) == other
 
     @property
     def is_external(self) -> bool:
-        """Whether the workers are a server that the user brought."""
+        """Whether the workers are external servers (model.command)."""
         return bool(self.settings.model.command)
 
     @cached_property
@@ -59,7 +59,7 @@ class Generation:
         }
 
     def spec_of(self, slot: Slot) -> str:
-        """Digest of everything that the slot's worker is started with, its port aside."""
+        """Return a digest of everything that starts the slot's worker except its port."""
         return self._digests[slot.device_id]
 
     def to_json(self) -> dict[str, Any]:
@@ -72,16 +72,16 @@ class Generation:
 
 @dataclass(frozen=True)
 class Farm:
-    """Everything that is recorded of a running farm."""
+    """The recorded state of a running farm."""
 
     state: StateDir
     current: Generation
     ports: tuple[int, ...]
-    """Every slot's, in order; there may be more than the plan has slots."""
+    """One port for each slot, in order; there may be more ports than slots in the plan."""
     candidate: Generation | None = None
-    """What is being rolled out."""
+    """The generation that is being rolled out."""
     failure: str = ""
-    """Why the last candidate was given up; empty when it was not."""
+    """Why the last candidate was dropped; empty if it was not."""
 
     @property
     def settings(self) -> Settings:
@@ -102,12 +102,12 @@ class Farm:
 
     @property
     def socket(self) -> Path:
-        """supervisord's."""
+        """The socket of supervisord."""
         return self.runtime / supervisor.SOCKET
 
     @property
     def admin_socket(self) -> Path:
-        """The controller's."""
+        """The socket of the controller's admin interface."""
         return self.runtime / ADMIN_SOCKET
 
     @property
@@ -116,37 +116,37 @@ class Farm:
 
     @property
     def url(self) -> str:
-        """The public address, for callers on this machine."""
+        """The public URL, for clients on this machine."""
         host = {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}.get(  # noqa: S104
             self.settings.host, self.settings.host
         )
         return f"http://{configuration.address(host, self.settings.port)}"
 
     def port_of(self, id_: str) -> int:
-        """The port of a slot such as w3. Raises IndexError for one beyond every plan."""
+        """Return the port of a slot such as w3. Raises IndexError for a slot without one."""
         return self.ports[int(id_[1:]) - 1]
 
     def promoted(self) -> Farm:
-        """The candidate has become current."""
+        """Return the farm with its candidate as the current generation."""
         return replace(self, current=self.candidate or self.current, candidate=None, failure="")
 
     def abandoned(self, failure: str) -> Farm:
-        """The candidate is dropped."""
+        """Return the farm without its candidate."""
         return replace(self, candidate=None, failure=failure)
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What a rendering changed."""
+    """Which files a rendering changed."""
 
     balancer: bool
     supervisor: bool
 
 
 def load(state: StateDir) -> Farm | None:
-    """The farm that was last brought up in this state directory and not taken down since.
+    """Load the farm that runs in this state directory.
 
-    None as well where its records cannot be understood: a crash or another version wrote them.
+    None if there is none, or if its records are invalid: a crash or another version wrote them.
     """
     record = read_json(state.farm_file)
     if not isinstance(record, dict):
@@ -170,7 +170,7 @@ def load(state: StateDir) -> Farm | None:
 
 
 def load_generation(state: StateDir, number: int) -> Generation | None:
-    """None where there is none, or it cannot be understood."""
+    """Load a generation; None if it does not exist or is invalid."""
     data = read_json(_file(state, number))
     if not isinstance(data, dict):
         return None
@@ -186,7 +186,7 @@ def save_generation(state: StateDir, generation: Generation) -> None:
 
 
 def save(farm: Farm) -> None:
-    """Record which generation holds, and remove the files of those that are no longer needed."""
+    """Record which generations are in use, and delete the files of older ones."""
     numbers = {generation.number for generation in farm.generations}
     write_json(
         farm.state.farm_file,
@@ -208,8 +208,10 @@ def _file(state: StateDir, number: int) -> Path:
 
 
 def write_launch(farm: Farm, generation: Generation, slot: Slot) -> None:
-    """Write down how the slot's worker is started. Nothing is written where nothing changes, so a
-    full disk stops no replacement."""
+    """Write the file that starts the slot's worker.
+
+    An unchanged file is not written again, so that a full disk stops no replacement.
+    """
     state, settings = farm.state, generation.settings
     spec = Path()
     if not generation.is_external:
@@ -237,13 +239,16 @@ def _write_if_changed(path: Path, text: str) -> bool:
 
 
 def balancer_config(farm: Farm, version: tuple[int, ...]) -> BalancerConfig:
-    """While a candidate is rolled out, its address and the longer of both timeouts hold."""
+    """Describe nginx's configuration.
+
+    During a rollout it has the candidate's address and the longer of both timeouts.
+    """
     settings = farm.generations[-1].settings
     external = any(generation.is_external for generation in farm.generations)
     return BalancerConfig(
         host=settings.host,
         port=settings.port,
-        # Every port that the farm has, whatever the plan: another plan changes nothing here.
+        # Every port of the farm, also without a slot: another plan changes nothing here.
         upstreams=tuple(Upstream(f"w{n}", port) for n, port in enumerate(farm.ports, 1)),
         admin_socket=farm.admin_socket,
         prefix=farm.state.path,
@@ -258,7 +263,7 @@ def balancer_config(farm: Farm, version: tuple[int, ...]) -> BalancerConfig:
 
 
 def _longest_request(farm: Farm) -> float:
-    """Seconds."""
+    """Return the longest request timeout in seconds."""
     return max(generation.settings.workers.request_timeout for generation in farm.generations)
 
 
@@ -289,7 +294,7 @@ def render(farm: Farm, *, check_only: bool = False) -> Changes:
     program = nginx.find()
     version = nginx.version(program)
     text = supervisor.render(supervisor_config(farm, program))
-    # Whatever is refused is refused before a file has changed: a running farm lives on from them.
+    # Every check comes before the first change: a running farm restarts from these files.
     changed_balancer = configuration.write(
         balancer_config(farm, version),
         lambda name: nginx.test(program, version, state.path, name),

@@ -1,8 +1,8 @@
-"""Processes of a farm that outlived their parent, found by the mark that each of them carries.
+"""Find and end processes of a farm that outlived their parent.
 
-The mark is a variable of their environment that names the state directory, so they are found
-whatever else has vanished: records, sockets, the directory itself. nginx overwrites its
-environment, and `balancer.processes` knows it by other marks.
+Each carries an environment variable that names the state directory, so it is found even if records,
+sockets or the directory itself are missing. nginx overwrites its environment; `balancer.processes`
+finds it in other ways.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from launcher.supervision.supervisord import CONF, MARK, MODULE, mark
 
 NAME_MARK = "SUPERVISOR_PROCESS_NAME"
 CHECK_SECONDS = 0.05
+"""Seconds between two checks whether killed processes have ended."""
 KILLED_SECONDS = 10.0
-"""How long the kernel may take to end what was killed."""
+"""Seconds that the kernel may take to end a killed process."""
 
 
 class StillRunningError(Exception):
-    """Processes of the farm could not be ended. One line that names them; exit code 1."""
+    """Processes of the farm do not end. One line that names them; exit code 1."""
 
 
 def marked(state: Path, name: str = "") -> list[psutil.Process]:
-    """Living processes of the farm in ``state`` other than this one and those above it.
+    """Return running processes with the farm's mark, except this process and its parents.
 
     ``name`` restricts them to what supervisord started under that name, such as ``w1``.
     """
@@ -42,16 +43,16 @@ def marked(state: Path, name: str = "") -> list[psutil.Process]:
         with suppress(psutil.Error, OSError):
             environment = process.environ()
             ours = environment.get(MARK) == value
-            if ours and name in ("", environment.get(NAME_MARK)) and _lives(process):
+            if ours and name in ("", environment.get(NAME_MARK)) and _is_running(process):
                 found.append(process)
     return found
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_running(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def supervisors_of(state: Path) -> list[psutil.Process]:
+def find_supervisors(state: Path) -> list[psutil.Process]:
     """supervisord processes that run this state directory's file."""
     conf, value = str(state / CONF), mark(state)
     found = []
@@ -59,13 +60,13 @@ def supervisors_of(state: Path) -> list[psutil.Process]:
         with suppress(psutil.Error, OSError):
             line = process.cmdline()
             ours = conf in line or process.environ().get(MARK) == value
-            if MODULE in line and ours and _lives(process):
+            if MODULE in line and ours and _is_running(process):
                 found.append(process)
     return found
 
 
 def end(processes: Iterable[psutil.Process], graceful_seconds: float) -> None:
-    """SIGTERM, time to finish, SIGKILL; returns when they are gone."""
+    """Send SIGTERM, and SIGKILL after ``graceful_seconds``; wait until they have ended."""
     left = list(processes)
     for process in left:
         _send(process, signal.SIGTERM)
@@ -75,19 +76,19 @@ def end(processes: Iterable[psutil.Process], graceful_seconds: float) -> None:
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
-    """SIGKILL at once; returns when they are gone."""
+    """Send SIGKILL; wait until they have ended, KILLED_SECONDS at most."""
     left = list(processes)
     for process in left:
         _send(process, signal.SIGKILL)
     deadline = time.monotonic() + KILLED_SECONDS
     while left and time.monotonic() < deadline:
         time.sleep(CHECK_SECONDS)
-        left = [process for process in left if _alive(process)]
+        left = [process for process in left if _still_running(process)]
 
 
-def _alive(process: psutil.Process) -> bool:
+def _still_running(process: psutil.Process) -> bool:
     with suppress(psutil.Error):
-        return _lives(process)
+        return _is_running(process)
     return False
 
 
@@ -97,9 +98,9 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
         process.send_signal(number)
 
 
-def leftovers(state: Path) -> list[psutil.Process]:
-    """Everything that runs of a farm, nginx and supervisord included."""
-    found = {process.pid: process for process in [*supervisors_of(state), *marked(state)]}
+def find(state: Path) -> list[psutil.Process]:
+    """Return every running process of a farm, including nginx and supervisord."""
+    found = {process.pid: process for process in [*find_supervisors(state), *marked(state)]}
     for pid in nginx_processes.all_members(state):
         with suppress(psutil.Error):
             found.setdefault(pid, psutil.Process(pid))
@@ -107,20 +108,20 @@ def leftovers(state: Path) -> list[psutil.Process]:
 
 
 def clean(state: Path, graceful_seconds: float) -> int:
-    """End whatever is left of a farm whose supervisor does not answer: a hanging supervisor
-    itself, then nginx, then all others together. Returns how many processes there were.
+    """End every process of a farm whose supervisord does not respond; return their number.
 
-    Raises StillRunningError when something outlives a SIGKILL.
+    A hanging supervisord ends first, then nginx, then all others together. Raises StillRunningError
+    when a process survives SIGKILL.
     """
-    hanging = supervisors_of(state)
+    hanging = find_supervisors(state)
     kill(hanging)
     count = len(hanging) + len(nginx_processes.end(state, graceful_seconds))
     left = marked(state)
     end(left, graceful_seconds)
-    if stuck := leftovers(state):
+    if stuck := find(state):
         names = ", ".join(str(process.pid) for process in stuck)
         raise StillRunningError(
-            f"processes of the farm in {state} cannot be ended: {names}; end them by hand, or "
-            f"restart the machine where the kernel does not let go of them"
+            f"processes of the farm in {state} do not end: {names}; end them by hand, or restart "
+            f"the machine if the kernel cannot end them"
         )
     return count + len(left)

@@ -1,4 +1,4 @@
-"""nginx writes its logs itself; it neither rotates them nor sees that one is missing: this does."""
+"""Rotate nginx's logs, and have it reopen missing ones: it does neither itself."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from launcher.supervision.farm import Farm
 
 
 def rotate_balancer_logs(farm: Farm) -> None:
-    """Keep nginx's logs of a farm as ``keep_logs`` does."""
-    keep_logs(farm.state.path, farm.settings.logs)
+    """Rotate the logs of a farm's nginx, and remove a flag that a killed reload left."""
+    rotate_logs(farm.state.path, farm.settings.logs)
     nginx_reload.remove_abandoned_flag(farm.state.path)
 
 
-def keep_logs(prefix: Path, limits: LogsSettings) -> None:
-    """Move aside the logs that have grown beyond ``max_bytes``; let nginx open the missing ones.
+def rotate_logs(prefix: Path, limits: LogsSettings) -> None:
+    """Rotate logs larger than ``max_bytes``, and have nginx reopen missing ones.
 
-    A log that was deleted while nginx holds it still takes space on the disk, and cannot be read.
+    A deleted log that nginx has open still uses disk space and cannot be read.
     """
     logs = [prefix / name for name in (ACCESS_LOG, ERROR_LOG)]
     for log in logs:
@@ -32,7 +32,7 @@ def keep_logs(prefix: Path, limits: LogsSettings) -> None:
 
 
 def shift(log: Path, backups: int) -> bool:
-    """``log`` → ``log.1`` → ``log.2`` …, the last one dropped."""
+    """``log`` → ``log.1`` → ``log.2`` …, dropping the last one."""
     if backups == 0:
         log.unlink(missing_ok=True)
         return True

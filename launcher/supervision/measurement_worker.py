@@ -1,4 +1,4 @@
-"""One worker as a plain child process: what measuring starts where no supervisor runs yet."""
+"""Start one worker as a child process, to measure its footprint without a supervisor."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from launcher.config.settings import Settings
 from launcher.config.state import StateDir, write_json
 from launcher.planning.inventory import Device
 from launcher.supervision import supervisord as supervisor
-from launcher.supervision.exit_reason import last_line
+from launcher.supervision.exit_reason import exit_reason
 from launcher.supervision.supervisord import python_module
 from launcher.supervision.worker_command import launch, worker_spec
 
-MEASURED_SPEC = "measure-worker.json"
-"""What the worker that is measured is told to serve; there while it is measured."""
+MEASUREMENT_SPEC = "measure-worker.json"
+"""File with the worker's spec; it exists during the measurement."""
 
 
-class LoneWorker:
-    """A child in a session of its own. Started by ``start``; ``stop`` ends all of the session.
+class MeasurementWorker:
+    """A child process in a session of its own. ``start`` starts it; ``stop`` ends the session.
 
-    ``spec``: the file that only this worker reads; it goes with it.
+    ``spec``: a file that only this worker reads; ``stop`` deletes it.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class LoneWorker:
         log: Path,
         grace: float = 10.0,
         spec: Path | None = None,
-    ) -> LoneWorker:
-        """``environment`` is all that it gets. ``grace``: seconds from TERM to KILL.
+    ) -> MeasurementWorker:
+        """Start a command with exactly ``environment``. ``grace``: seconds from SIGTERM to SIGKILL.
 
         Raises OSError when the command cannot be executed.
         """
@@ -78,7 +78,10 @@ class LoneWorker:
         return cls(process, port=port, ready_path=ready_path, log=log, grace=grace, spec=spec)
 
     def exit_code(self) -> int | None:
-        """Without reaping it: while its entry stays, its group's number is nobody else's."""
+        """Return its exit code, None while it runs; a signal is negative.
+
+        It is not reaped, so that its process group's id stays reserved.
+        """
         if self._process.returncode is not None:
             return self._process.returncode
         ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -86,11 +89,12 @@ class LoneWorker:
             return None
         return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
-    def last_words(self) -> str:
-        return last_line(self._log)
+    def exit_reason(self) -> str:
+        """Return the last line of its log; empty when there is none."""
+        return exit_reason(self._log)
 
     def stop(self) -> None:
-        """TERM, and KILL for the whole session after the grace; children must not outlive it."""
+        """Send SIGTERM, and SIGKILL to the whole group after the grace, children included."""
         if self._process.returncode is not None:
             return
         if self._spec is not None:
@@ -101,14 +105,14 @@ class LoneWorker:
             time.sleep(0.02)
         self._signal(signal.SIGKILL)
         self._process.wait()
-        while self._group_lives() and time.monotonic() < deadline:
+        while self._group_exists() and time.monotonic() < deadline:
             time.sleep(0.02)
 
     def _signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
-    def _group_lives(self) -> bool:
+    def _group_exists(self) -> bool:
         try:
             os.killpg(self.pid, 0)
         except (ProcessLookupError, PermissionError):
@@ -116,22 +120,23 @@ class LoneWorker:
         return True
 
 
-def lone_start(settings: Settings, state: StateDir) -> Callable[[Device], LoneWorker]:
-    """Start the configured worker on a free port, its log in logs/measure.log.
+def measurement_start(settings: Settings, state: StateDir) -> Callable[[Device], MeasurementWorker]:
+    """Return a function that starts the configured worker on a free port.
 
-    It bears the farm's mark, and on Linux it ends with this process, however that ends.
+    It logs to logs/measure.log and carries the farm's mark; on Linux it ends when this process
+    does, even by SIGKILL.
     """
-    tether = python_module("launcher.supervision.die_with_parent", str(os.getpid()))
+    die_with_parent = python_module("launcher.supervision.die_with_parent", str(os.getpid()))
 
-    def start(device: Device) -> LoneWorker:
+    def start(device: Device) -> MeasurementWorker:
         state.create()
-        spec = state.path / MEASURED_SPEC
+        spec = state.path / MEASUREMENT_SPEC
         write_json(spec, worker_spec(settings, state.cache))
         port = free_port()
         begin = launch(settings, device, id="w0", port=port, spec=spec, cache=state.cache)
         try:
-            return LoneWorker.start(
-                [*tether, *begin.argv],
+            return MeasurementWorker.start(
+                [*die_with_parent, *begin.argv],
                 environment={**supervisor.environment(state.path), **begin.environment},
                 folder=Path(begin.folder),
                 port=port,
@@ -147,7 +152,7 @@ def lone_start(settings: Settings, state: StateDir) -> Callable[[Device], LoneWo
 
 
 def free_port() -> int:
-    """A port on loopback that nobody listens on now."""
+    """Return a free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,8 +1,8 @@
-"""Ports for slots: chosen so that no other farm of this machine has them, and held.
+"""Choose the ports of slots, unique among the farms of this machine, and reserve them.
 
-An empty slot's port stands in nginx's list all the same, and a process that listened there would be
-given requests. So ports are disjoint between farms, below the range that the kernel hands out, free
-when they are chosen, and held from then on by sockets that are bound and never listen.
+nginx lists an empty slot's port too, and would send requests to any process that listens there. So
+ports are disjoint between farms, below the kernel's ephemeral range, free when they are chosen, and
+then reserved by sockets that are bound and never listen.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from launcher.config.state import StateError
 
 LOWEST = 20000
 HIGHEST = 32767
-"""Linux hands out ports from 32768 on, unless told otherwise."""
+"""Linux's ephemeral ports begin at 32768 by default."""
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def choose(
     state: Path, size: int, recorded: tuple[int, ...] = (), *, public: int
 ) -> tuple[int, ...]:
-    """A block of ``size`` ports for the farm in ``state``: the recorded one where it is still
-    free, else another. Written into the registry of this user's farms.
+    """Choose a block of ``size`` ports for the farm in ``state``, and register it.
 
-    ``public``: where the farm's nginx is to listen. Raises StateError when there is none.
+    The ``recorded`` block is kept if it is still free. ``public``: the port that the farm's nginx
+    listens on. Raises StateError when there is no free block.
     """
     with _registry() as blocks:
         others = {port for name, ports in blocks.items() if name != str(state) for port in ports}
@@ -47,11 +47,14 @@ def choose(
             if others.isdisjoint(ports) and all(is_free(port) for port in ports):
                 blocks[str(state)] = list(ports)
                 return ports
-    raise StateError(f"no {size} free ports in a row between {LOWEST} and {highest}")
+    raise StateError(f"no {size} consecutive free ports between {LOWEST} and {highest}")
 
 
 def extend(state: Path, recorded: tuple[int, ...], size: int, *, public: int) -> tuple[int, ...]:
-    """Keep the ports of a running farm and add others until there are ``size``."""
+    """Keep the ports of a running farm and add free ones until there are ``size``.
+
+    Raises StateError when there are not enough.
+    """
     missing = size - len(recorded)
     if missing <= 0:
         return recorded
@@ -59,25 +62,25 @@ def extend(state: Path, recorded: tuple[int, ...], size: int, *, public: int) ->
         known = {port for ports in blocks.values() for port in ports} | {public, *recorded}
         begin = recorded[-1] + 1 if recorded else LOWEST
         span = _highest() - LOWEST
-        turn = (LOWEST + (begin - LOWEST + step) % span for step in range(span))
+        candidates = (LOWEST + (begin - LOWEST + step) % span for step in range(span))
         added = []
-        for port in turn:
+        for port in candidates:
             if port not in known and is_free(port):
                 added.append(port)
             if len(added) == missing:
                 blocks[str(state)] = [*recorded, *added]
                 return (*recorded, *added)
-    raise StateError(f"{missing} more free ports are not to be had between {LOWEST} and {HIGHEST}")
+    raise StateError(f"no {missing} more free ports between {LOWEST} and {HIGHEST}")
 
 
 def release(state: Path) -> None:
-    """Give the block back; the farm has gone."""
+    """Remove the farm's block from the registry."""
     with _registry() as blocks:
         blocks.pop(str(state), None)
 
 
 def is_free(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether a server could listen there now."""
+    """Return whether a server could listen on the port now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -88,16 +91,16 @@ def is_free(port: int, host: str = "127.0.0.1") -> bool:
 
 
 def _highest() -> int:
-    """The last port below those that the kernel gives to outgoing connections."""
+    """Return the last port below the kernel's ephemeral range."""
     with suppress(OSError, ValueError):
-        lowest_given = int(EPHEMERAL.read_text().split()[0])
-        if lowest_given > LOWEST + 1000:
-            return min(HIGHEST, lowest_given - 1)
+        lowest_ephemeral = int(EPHEMERAL.read_text().split()[0])
+        if lowest_ephemeral > LOWEST + 1000:
+            return min(HIGHEST, lowest_ephemeral - 1)
     return HIGHEST
 
 
 def registry_file(environ: Mapping[str, str] = os.environ) -> Path:
-    """Beside the default state directory, or, for users without a home, in /tmp."""
+    """Return its path: beside the default state directory, or in /tmp for users without a home."""
     folder = default_state_dir(environ).parent
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,9 +111,9 @@ def registry_file(environ: Mapping[str, str] = os.environ) -> Path:
 
 @contextmanager
 def _registry() -> Iterator[dict[str, list[int]]]:
-    """The blocks by state directory, locked; what is left in the dict is written back.
+    """Lock the registry and yield its blocks by state directory; write the dict back at the end.
 
-    Farms whose directory has gone hold nothing any more.
+    Farms whose directory no longer exists are dropped.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     with os.fdopen(os.open(registry_file(), flags, 0o600), "r+", encoding="utf-8") as file:
@@ -127,23 +130,23 @@ def _registry() -> Iterator[dict[str, list[int]]]:
 
 
 class HeldPorts:
-    """Ports that this process holds: bound with SO_REUSEPORT, and never listening.
+    """Ports that this process reserves: bound with SO_REUSEPORT, and never listening.
 
-    A connection to such a port is refused as if nothing were there. Another user cannot bind it
-    with any option; a process of this user can only if it sets SO_REUSEPORT too, as workers do.
+    Connections to them are refused as on an unused port. Other users cannot bind them at all;
+    processes of this user only with SO_REUSEPORT, which workers set.
     """
 
     def __init__(self) -> None:
         self._sockets: dict[int, socket.socket] = {}
 
     def hold(self, port: int) -> bool:
-        """Hold the port; False where something else has it."""
+        """Reserve the port; False if another process has it."""
         if port in self._sockets:
             return True
         held = socket.socket()
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        # Connections of a server that has just ended linger on its port. They must not be in the
-        # way, but nothing may get past this socket by the same option afterwards.
+        # SO_REUSEADDR binds despite lingering connections of a server that has just ended. It is
+        # unset afterwards, so that no other socket can bind by the same option.
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             held.bind(("127.0.0.1", port))
@@ -155,7 +158,7 @@ class HeldPorts:
         return True
 
     def release(self, port: int) -> None:
-        """Let go of it, for a server that does not set SO_REUSEPORT itself."""
+        """Release the port, for a server that does not set SO_REUSEPORT."""
         held = self._sockets.pop(port, None)
         if held is not None:
             held.close()

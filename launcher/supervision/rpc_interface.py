@@ -1,4 +1,4 @@
-"""The XML-RPC methods that this project adds to supervisord's own (namespace ``farm``).
+"""XML-RPC methods that this project adds to supervisord (namespace ``farm``).
 
 supervisord lives as long as the farm, so it is what holds the slots' ports.
 
@@ -19,7 +19,7 @@ NAMESPACE = "farm"
 
 
 class FarmInterface:
-    """What ``supervisor.rpcinterface_factory`` makes."""
+    """The interface that ``supervisor.rpcinterface_factory`` creates."""
 
     def __init__(self, supervisord: Any) -> None:
         self._supervisord = supervisord
@@ -49,10 +49,10 @@ class FarmInterface:
         ]
 
     def update(self) -> bool:
-        """Read the file again and take over every program's definition without stopping anything.
+        """Read the file again and replace every program's definition without stopping a process.
 
-        A program that the file no longer has stays while it runs. Raises a fault for a file that
-        cannot be read; then nothing has changed.
+        A program that is no longer in the file is kept while it runs. Raises a fault, and changes
+        nothing, if the file cannot be read.
         """
         options = self._supervisord.options
         try:
@@ -64,11 +64,11 @@ class FarmInterface:
             if group is None:
                 self._supervisord.add_process_group(config)
             else:
-                _take_over(group, config)
+                _replace_definitions(group, config)
         return True
 
 
-def _take_over(group: Any, config: Any) -> None:
+def _replace_definitions(group: Any, config: Any) -> None:
     config.after_setuid()
     group.config = config
     named = {process.name: process for process in config.process_configs}

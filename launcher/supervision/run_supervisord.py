@@ -1,8 +1,8 @@
-"""``python -m launcher.supervision.run_supervisord``: supervisord that outlives what goes wrong.
+"""``python -m launcher.supervision.run_supervisord``: supervisord that survives common failures.
 
-When a log cannot be written, supervisord prints why to its standard error. That is a file on the
-same full disk, and the second failure would end it, and the whole farm's supervision with it. And
-when its socket's file has been removed, it would run on unreachable: it makes another.
+When supervisord cannot write a log, it reports that to stderr: a file on the same full disk, whose
+failure would end it. And if its socket's file is deleted, it would keep running unreachable; this
+one creates it again.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, TextIO
 from supervisor import supervisord
 
 
-class Lossy:
-    """A stream that drops what it cannot write."""
+class LossyStream:
+    """A text stream that drops what it cannot write."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -30,28 +30,28 @@ class Lossy:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is ever held back."""
+        """Do nothing: ``write`` flushes."""
 
     def fileno(self) -> int:
         return self._stream.fileno()
 
 
-class Reachable(supervisord.Supervisor):  # type: ignore[misc]
-    """supervisord that looks after its socket's file about once a second."""
+class SocketKeepingSupervisor(supervisord.Supervisor):  # type: ignore[misc]
+    """supervisord that checks about once a second that its socket's file exists."""
 
     def tick(self, now: float | None = None) -> None:
         super().tick(now)
-        # While it ends, a socket that has gone is on purpose.
+        # During shutdown supervisord itself removes the socket.
         if self.options.mood > 0 and not self.stopping:
-            self._mend_socket()
+            self._recreate_socket()
 
-    def _mend_socket(self) -> None:
+    def _recreate_socket(self) -> None:
         options = self.options
         for config, server in options.httpservers:
             path = Path(config["file"])
             if path.exists():
                 continue
-            options.logger.warn(f"the socket {path} has been removed; making it again")
+            options.logger.warn(f"the socket {path} was deleted; creating it again")
             with suppress(OSError):
                 path.parent.mkdir(mode=0o700, exist_ok=True)
                 renewed = options.make_http_servers(self)
@@ -66,6 +66,6 @@ class Reachable(supervisord.Supervisor):  # type: ignore[misc]
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Lossy(sys.stdout), Lossy(sys.stderr)
-    supervisord.Supervisor = Reachable
+    sys.stdout, sys.stderr = LossyStream(sys.stdout), LossyStream(sys.stderr)
+    supervisord.Supervisor = SocketKeepingSupervisor
     supervisord.main()

@@ -1,8 +1,8 @@
-"""``python -m launcher.supervision.slot --state DIR --slot K``: become the worker of slot wK.
+"""``python -m launcher.supervision.slot --state DIR --slot K``: exec the worker of slot wK.
 
-The supervisor runs this instead of the worker itself, because the slot's port, device and command
-can change with a new plan while the supervisor's own file stays the same. Standard library only:
-nothing may come between a crash and the next start.
+supervisord runs this instead of the worker itself, because the slot's port, device and command can
+change with a new plan while supervisord's configuration stays the same. Standard library only, so
+that a restart after a crash is fast.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 CANNOT_LOAD = 3
-"""The exit code after which a worker is not started again."""
+"""Exit code of a worker that cannot load and would fail again."""
 
 
 def main() -> None:
@@ -23,12 +23,12 @@ def main() -> None:
     try:
         launch = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        sys.exit(fail(f"{id_}: {file} cannot be used ({error!r}); run `gpufarm up`"))
+        sys.exit(fail(f"{id_}: {file} cannot be read ({error!r}); run `gpufarm up`"))
     environment = {**os.environ, **launch["environment"]}
     program = launch["argv"][0]
     try:
         os.chdir(launch["folder"])
-        os.execvpe(program, launch["argv"], environment)  # noqa: S606 - to become it is the point
+        os.execvpe(program, launch["argv"], environment)  # noqa: S606 - replaces this process
     except OSError as error:
         sys.exit(fail(f"{id_}: cannot run {program}: {error.strerror} (model.command)"))
     except ValueError as error:  # a NUL, or a variable's name with "="

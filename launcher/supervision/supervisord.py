@@ -1,4 +1,4 @@
-"""supervisord: its configuration, rendered; and talking to it over its Unix socket."""
+"""supervisord: render its configuration, and call it over its Unix socket."""
 
 from __future__ import annotations
 
@@ -26,37 +26,38 @@ PID_FILE = "run/supervisord.pid"
 LOGS = "logs"
 SOCKET = "supervisor.sock"
 MARK = "GPUFARM_FARM"
-"""The variable that every process of a farm carries: its state directory's real path."""
+"""Environment variable of every process of a farm: its state directory's real path."""
 INTERFACE = "farm"
-"""The XML-RPC namespace of `supervisor_interface`."""
+"""The XML-RPC namespace of `rpc_interface`."""
 INTERFACE_FACTORY = "launcher.supervision.rpc_interface:make_interface"
 
 GRACE_AFTER_REQUEST = 15.0
-"""Seconds beyond the request timeout until a worker that drains is killed: its own deadline is
-five seconds after the request timeout."""
+"""Seconds after the request timeout until a draining worker is killed: its own deadline is five
+seconds after the request timeout."""
 CALL_TIMEOUT = 10.0
+"""Seconds for each step of a call."""
 
 ALREADY_STARTED, NOT_RUNNING, SPAWN_ERROR, SHUTTING_DOWN = 60, 70, 50, 6
-"""supervisord's fault codes that are answers rather than errors."""
+"""supervisord's fault codes that are expected results rather than errors."""
 
 
 class SupervisorError(Exception):
-    """supervisord does not answer, or refuses. One line."""
+    """supervisord does not respond, or rejects a call. One line."""
 
 
 @dataclass(frozen=True)
 class SupervisorConfig:
-    """Everything supervisord.conf is rendered from."""
+    """The values that supervisord.conf is rendered from."""
 
     state: Path
     """The farm's state directory."""
     socket: Path
     slots: int
-    """Programs in the group of workers: as many as the farm has ports for."""
+    """Number of processes in the group of workers: one for each port of the farm."""
     request_timeout: float
     nginx_command: tuple[str, ...]
     stop_whole_group: bool
-    """External servers often sit behind a shell that does not pass SIGTERM on."""
+    """For external servers: often a shell runs them that does not forward SIGTERM."""
     log_bytes: int
     log_backups: int
 
@@ -66,14 +67,14 @@ class SupervisorConfig:
 
 
 def render(config: SupervisorConfig) -> str:
-    """The text of supervisord.conf."""
+    """Return the text of supervisord.conf."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("launcher.supervision"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 - this is no HTML
+        autoescape=False,  # noqa: S701 - not HTML
     )
     state, logs = str(config.state), config.state / LOGS
     controller = python_module("launcher.controller", "--state", state)
@@ -100,25 +101,25 @@ def render(config: SupervisorConfig) -> str:
 
 
 def python_module(module: str, *arguments: str) -> tuple[str, ...]:
-    """A command line of this interpreter; `-P` because the current folder must shadow nothing."""
+    """Return a command line of this interpreter; `-P` keeps the current folder off its path."""
     return (sys.executable, "-P", "-m", module, *arguments)
 
 
 def escaped(value: str) -> str:
-    """A value for supervisord's file, where `%` begins an expansion.
+    """Escape a value for supervisord's file, where `%` begins an expansion.
 
-    Raises ConfigError for what the file cannot carry however it is written.
+    Raises ConfigError for a value that the file cannot express.
     """
     if re.search(r"[\x00-\x1f]|\s[;#]|^\s|\s$", value):
         raise ConfigError(
-            f"{value!r}: supervisord cannot read this path; choose one without control "
-            "characters, blanks at an end, or a blank before ; and # (state_dir)"
+            f"state_dir: supervisord cannot read this path: {value!r}; choose one without control "
+            "characters, blanks at either end, or a blank before ; or #"
         )
     return value.replace("%", "%%")
 
 
 def command_line(arguments: tuple[str, ...]) -> str:
-    """Arguments as supervisord splits them again, with `shlex`."""
+    """Join arguments so that supervisord's `shlex` splits them alike."""
     return escaped(shlex.join(arguments))
 
 
@@ -144,9 +145,9 @@ class ProcessInfo:
     """STOPPED, STARTING, RUNNING, BACKOFF, STOPPING, EXITED, FATAL or UNKNOWN."""
     pid: int
     exit_code: int
-    """Of the last process; -1 when a signal ended it, 0 when there was none."""
+    """Exit code of the last process; -1 if a signal ended it, 0 if there was none."""
     started: float
-    """When it was last started (Unix seconds); 0 when it never was."""
+    """Time of its last start in Unix seconds; 0 if it never started."""
 
     @property
     def alive(self) -> bool:
@@ -158,26 +159,26 @@ class ProcessInfo:
 
 
 class Supervisor:
-    """supervisord's answers and orders. Blocking; one thread at a time."""
+    """A client of supervisord. Blocking; for one thread at a time."""
 
     def __init__(self, socket_path: Path) -> None:
         self._transport = _UnixTransport(socket_path)
         self._proxy = xmlrpc.client.ServerProxy("http://localhost", transport=self._transport)
 
     def close(self) -> None:
-        """Let go of the connection; the next call opens another."""
+        """Close the connection; the next call opens another."""
         self._transport.close()
 
     def _call(self, method: Callable[[Any], T]) -> T:
         try:
             return method(self._proxy.supervisor)
         except (OSError, http.client.HTTPException) as error:
-            raise SupervisorError(f"supervisord does not answer: {error}") from None
+            raise SupervisorError(f"supervisord does not respond: {error}") from None
         except xmlrpc.client.ProtocolError as error:
-            raise SupervisorError(f"supervisord answers {error.errcode}") from None
+            raise SupervisorError(f"supervisord returned {error.errcode}") from None
 
     def alive(self) -> bool:
-        """Whether it answers and is not about to end."""
+        """Return whether it responds and is not shutting down."""
         try:
             state = self._call(lambda rpc: rpc.getState())
         except (SupervisorError, xmlrpc.client.Fault):
@@ -188,70 +189,72 @@ class Supervisor:
         return int(self._call(lambda rpc: rpc.getPID()))
 
     def processes(self) -> dict[str, ProcessInfo]:
-        """Every process by its name: nginx, controller, w1, w2, …"""
-        infos = self._fault_free(lambda _: self._proxy.farm.processes())
+        """Return every process by its name: nginx, controller, w1, w2, …"""
+        infos = self._call_ignoring(lambda _: self._proxy.farm.processes())
         return {info["name"]: ProcessInfo(**info) for info in infos}
 
     def hold(self, ports: Sequence[int]) -> frozenset[int]:
         """Have it hold the slots' ports; return those that something else has."""
-        return frozenset(self._fault_free(lambda _: self._proxy.farm.hold(list(ports))))
+        return frozenset(self._call_ignoring(lambda _: self._proxy.farm.hold(list(ports))))
 
     def release(self, port: int) -> None:
         """Have it let go of a port just before a server starts that cannot share it."""
-        self._fault_free(lambda _: self._proxy.farm.release(port))
+        self._call_ignoring(lambda _: self._proxy.farm.release(port))
 
     def update(self) -> None:
-        """Let it take over its file again without stopping anything."""
-        self._fault_free(lambda _: self._proxy.farm.update())
+        """Have it read its configuration again without stopping a process."""
+        self._call_ignoring(lambda _: self._proxy.farm.update())
 
     def start(self, name: str) -> None:
-        """Start one process; it need not be alive when this returns, nor alive any more: one that
-        ends at once is told as an error here, and what matters of it is its exit code."""
-        self._fault_free(
+        """Start one process without waiting for it.
+
+        supervisord reports a process that ends at once as SPAWN_ERROR; that is ignored, because its
+        exit code says more.
+        """
+        self._call_ignoring(
             lambda rpc: rpc.startProcess(full_name(name), False), ALREADY_STARTED, SPAWN_ERROR
         )
 
     def stop(self, name: str) -> None:
-        """Send the stop signal; supervisord kills it when its time is over."""
-        self._fault_free(lambda rpc: rpc.stopProcess(full_name(name), False), NOT_RUNNING)
+        """Send the stop signal; supervisord sends SIGKILL after the stop timeout."""
+        self._call_ignoring(lambda rpc: rpc.stopProcess(full_name(name), False), NOT_RUNNING)
 
     def kill(self, name: str) -> None:
-        self._fault_free(lambda rpc: rpc.signalProcess(full_name(name), "KILL"), NOT_RUNNING)
+        self._call_ignoring(lambda rpc: rpc.signalProcess(full_name(name), "KILL"), NOT_RUNNING)
 
     def restart(self, name: str) -> None:
-        """End and start a process that drains nothing, such as the controller."""
-        self._fault_free(lambda rpc: rpc.stopProcess(full_name(name), True), NOT_RUNNING)
+        """Stop and start a process that need not drain, such as the controller."""
+        self._call_ignoring(lambda rpc: rpc.stopProcess(full_name(name), True), NOT_RUNNING)
         self.start(name)
 
     def shutdown(self) -> None:
-        """Stop everything in order, then itself. Returns at once."""
-        self._fault_free(lambda rpc: rpc.shutdown(), SHUTTING_DOWN)
+        """Stop all processes in order, then supervisord. Returns at once."""
+        self._call_ignoring(lambda rpc: rpc.shutdown(), SHUTTING_DOWN)
 
-    def _fault_free(self, method: Callable[[Any], Any], *fine: int) -> Any:
+    def _call_ignoring(self, method: Callable[[Any], Any], *expected: int) -> Any:
         try:
             return self._call(method)
         except xmlrpc.client.Fault as fault:
-            if fault.faultCode in fine:
+            if fault.faultCode in expected:
                 return None
             raise SupervisorError(f"supervisord: {fault.faultString}") from None
 
 
 def full_name(name: str) -> str:
-    """supervisord's name of a process: workers are a group, the others are their own."""
+    """Return supervisord's name of a process: workers form a group, others are groups of one."""
     return f"worker:{name}" if name not in ("nginx", "controller") else name
 
 
 def command(state: Path) -> tuple[str, ...]:
-    """The command line that runs supervisord in the foreground."""
+    """Return the command line that runs supervisord in the foreground."""
     return python_module(MODULE, "-c", str(state / CONF), "-n")
 
 
 def environment(state: Path, base: dict[str, str] | None = None) -> dict[str, str]:
-    """What supervisord and thereby every process inherits: all but GPUFARM_ and SUPERVISOR_
-    variables, and the farm's mark.
+    """Return the environment of supervisord and its processes, with the farm's mark.
 
-    Configuration travels in files: a stray GPUFARM_ variable must not reach a worker, nor those
-    of a supervisord around this one.
+    GPUFARM_ variables are dropped because configuration is passed in files, and SUPERVISOR_
+    variables because they may be those of another supervisord around this one.
     """
     given = dict(os.environ) if base is None else base
     dropped = ("GPUFARM_", "SUPERVISOR_")
@@ -260,5 +263,5 @@ def environment(state: Path, base: dict[str, str] | None = None) -> dict[str, st
 
 
 def mark(state: Path) -> str:
-    """The value of MARK for the farm in ``state``."""
+    """Return the value of MARK for the farm in ``state``."""
     return str(state.resolve())

@@ -1,4 +1,4 @@
-"""HTTP over a Unix socket: how supervisord and the controller are asked."""
+"""HTTP over a Unix socket: the transport to supervisord and the controller."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How the worker of a slot is started: its command line, its environment, its folder.
+"""Build what starts the worker of a slot: command line, environment and working directory.
 
-Written down for a slot before each start, so that the process that becomes the worker needs nothing
-but a file and `exec`.
+It is written to a file before each start, so that the slot's process only has to read it and
+`exec`.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ THREAD_VARIABLES = (
 
 @dataclass(frozen=True)
 class Launch:
-    """One worker's start."""
+    """The command that starts one worker."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]
-    """Set over what the supervisor was given."""
+    """Added to supervisord's environment."""
     folder: str
-    """Its working directory: where the configuration file lies."""
+    """Its working directory: that of the configuration file."""
 
 
 def launch(
     settings: Settings, device: Device, *, id: str, port: int, spec: Path, cache: Path
 ) -> Launch:
-    """How to start a worker on ``device`` and ``port``. ``spec`` is where `worker_spec` lies."""
+    """Return what starts a worker on ``device`` and ``port``. ``spec``: file of `worker_spec`."""
     on_gpu = device.is_gpu
-    # A worker sees one GPU, which is then its first.
+    # A worker sees one GPU only, as its first.
     name = "cuda:0" if on_gpu else "cpu"
     values = {
         "port": str(port),
@@ -61,7 +61,7 @@ def launch(
         "PYTHONUNBUFFERED": "1",
         "GPUFARM_WORKER_ID": id,
         "GPUFARM_CACHE_DIR": str(cache),
-        # A farm tells nobody what it runs. ONNX Runtime would, in any model that imports it.
+        # ONNX Runtime would send telemetry in any model that imports it.
         "ORT_DISABLE_TELEMETRY": "1",
         **dict.fromkeys(THREAD_VARIABLES, str(settings.workers.threads)),
         **{key: filled(text, values) for key, text in settings.model.environment.items()},
@@ -78,12 +78,12 @@ def launch(
 
 
 def filled(text: str, values: Mapping[str, str]) -> str:
-    """``text`` with our placeholders replaced; every other brace stays as it is."""
+    """Replace our placeholders in ``text``; other braces stay as they are."""
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), text)
 
 
 def worker_spec(settings: Settings, cache: Path) -> dict[str, Any]:
-    """What every worker of a class is told to serve."""
+    """Return the spec of a worker that serves a class: the model and its limits."""
     model = settings.model
     return {
         "model": {
@@ -103,10 +103,10 @@ def worker_spec(settings: Settings, cache: Path) -> dict[str, Any]:
 
 
 def digest(settings: Settings, device: Device, sources: str, cache: Path) -> str:
-    """Return the name of what a worker on ``device`` is started with, its port aside.
+    """Return a digest of everything that starts a worker on ``device``, except its port.
 
-    It changes exactly when a running worker is no longer what the configuration says. ``sources``
-    stands for the files of the model itself.
+    It changes exactly when a running worker no longer matches the configuration. ``sources``:
+    `sources_digest` of the model.
     """
     start = launch(settings, device, id="w0", port=0, spec=Path(), cache=cache)
     spec = worker_spec(settings, cache) if settings.model.target else {}

@@ -25,7 +25,7 @@ STANDIN = REPOSITORY / "tests" / "standin.py"
 
 
 @dataclass
-class Front:
+class BalancerHarness:
     """nginx over a few slots, some of them empty."""
 
     config: BalancerConfig
@@ -63,7 +63,7 @@ class Front:
             self.master.wait(20)
 
 
-def front(prefix: Path, slots: int = 4, **changes: Any) -> Front:
+def make_balancer(prefix: Path, slots: int = 4, **changes: Any) -> BalancerHarness:
     ports: dict[str, int] = {}
     while len(ports) < slots:
         port = free_port()
@@ -83,7 +83,7 @@ def front(prefix: Path, slots: int = 4, **changes: Any) -> Front:
     } | changes
     config = BalancerConfig(**settings)
     write(config)
-    return Front(config, ports)
+    return BalancerHarness(config, ports)
 
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     return error
 
 
-def raw(where: Front, request: bytes) -> bytes:
+def raw(where: BalancerHarness, request: bytes) -> bytes:
     """Send bytes as they are; the answer up to its Content-Length, or to its connection's end."""
     with socket.create_connection(("127.0.0.1", where.config.port), timeout=20) as connection:
         connection.sendall(request)

@@ -12,10 +12,10 @@ import pytest
 from balancer import nginx
 from balancer.configuration import (
     BalancerConfig,
-    ErrorAnswer,
+    ErrorResponse,
     Upstream,
     address,
-    error_answers,
+    error_responses,
     listening,
     open_file_limit,
     render,
@@ -35,7 +35,7 @@ def config(prefix: Path, **changes: object) -> BalancerConfig:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-def test_every_slot_is_listed_once_and_none_is_ever_given_up(tmp_path: Path) -> None:
+def test_every_slot_is_listed_once_with_max_fails_0(tmp_path: Path) -> None:
     text = render(config(tmp_path))
     workers = text[text.index("upstream workers") : text.index("upstream status")]
     assert re.findall(r"server 127\.0\.0\.1:(\d+) max_fails=0;", workers) == [
@@ -105,7 +105,7 @@ def test_a_refused_file_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_refused_does_not_replace_what_serves(tmp_path: Path) -> None:
+def test_a_rejected_file_does_not_replace_the_current_one(tmp_path: Path) -> None:
     """A killed nginx comes back from the file that is there, so that one has to be sound."""
     program = nginx.find()
     version = nginx.version(program)
@@ -122,7 +122,7 @@ def test_what_is_refused_does_not_replace_what_serves(tmp_path: Path) -> None:
 
 
 def test_errors_are_json_in_openais_shape(tmp_path: Path) -> None:
-    for status, answer in error_answers(config(tmp_path)).items():
+    for status, answer in error_responses(config(tmp_path)).items():
         error = json.loads(answer.body[1:-1])["error"]
         assert set(error) == {"message", "type", "param", "code"}
         assert answer.status == int(status)
@@ -130,11 +130,11 @@ def test_errors_are_json_in_openais_shape(tmp_path: Path) -> None:
 
 
 def test_quotes_in_an_answer_reach_the_caller_and_variables_are_refused() -> None:
-    quoted = ErrorAnswer(400, 'it\'s a "test"', "t", "c").body
+    quoted = ErrorResponse(400, 'it\'s a "test"', "t", "c").body
     unquoted = quoted[1:-1].replace("\\'", "'").replace("\\\\", "\\")
     assert json.loads(unquoted)["error"]["message"] == 'it\'s a "test"'
     with pytest.raises(ValueError, match="\\$"):
-        _ = ErrorAnswer(400, "costs $5", "t", "c").body
+        _ = ErrorResponse(400, "costs $5", "t", "c").body
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "*", "localhost"])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.balancer.harness import Front, front, raw
+from tests.balancer.harness import BalancerHarness, make_balancer, raw
 from tests.waiting import listens, until
 
 APP = """
@@ -33,10 +33,10 @@ HOST = b"Host: x\r\n"
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BalancerHarness]:
     folder = tmp_path_factory.mktemp("nginx")
     (folder / "telling_app.py").write_text(APP)
-    made = front(folder, slots=1)
+    made = make_balancer(folder, slots=1)
     port = made.ports["w1"]
     command = [sys.executable, "-m", "uvicorn", "--app-dir", str(folder), "telling_app:app"]
     command += ["--port", str(port), "--http", "httptools", "--log-level", "critical"]
@@ -111,7 +111,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_http_is_refused_in_json(served: Front, case: str) -> None:
+def test_what_is_not_http_is_refused_in_json(served: BalancerHarness, case: str) -> None:
     sent, status = REFUSED[case]
     head, _, body = raw(served, sent).partition(b"\r\n\r\n")
     assert head.split()[1] == str(status).encode()
@@ -120,17 +120,17 @@ def test_what_is_not_http_is_refused_in_json(served: Front, case: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
-def test_the_usual_methods_reach_a_worker(served: Front, method: str) -> None:
+def test_the_usual_methods_reach_a_worker(served: BalancerHarness, method: str) -> None:
     sent = request(f"{method} /x%C3%A4?q=%C3%A4 HTTP/1.1".encode(), b"Content-Length: 0")
     assert raw(served, sent).split()[1] == b"200"
 
 
-def test_http_0_9_gets_a_body_alone(served: Front) -> None:
+def test_http_0_9_gets_a_body_alone(served: BalancerHarness) -> None:
     assert b"HTTP/" not in raw(served, b"GET /x\r\n")
 
 
 def test_an_external_server_decides_on_methods_itself(tmp_path: Path) -> None:
-    made = front(tmp_path, slots=1, own_workers=False)
+    made = make_balancer(tmp_path, slots=1, own_workers=False)
     made.start_worker("w1")
     made.start()
     try:

@@ -24,16 +24,16 @@ import pytest
 
 from balancer import processes
 from balancer.start import port_is_free
-from tests.balancer.harness import Front, error_of, front, raw
+from tests.balancer.harness import BalancerHarness, error_of, make_balancer, raw
 from tests.waiting import listens, until
 
 MEGABYTE = 2**20
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BalancerHarness]:
     """Four slots, of which w1 and w3 are there."""
-    made = front(tmp_path_factory.mktemp("nginx"))
+    made = make_balancer(tmp_path_factory.mktemp("nginx"))
     made.start_worker("w1")
     made.start_worker("w3")
     made.start()
@@ -42,13 +42,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> Iterator[Front]:
-    made = front(tmp_path)
+def alone(tmp_path: Path) -> Iterator[BalancerHarness]:
+    made = make_balancer(tmp_path)
     yield made
     made.stop()
 
 
-def test_a_request_finds_a_worker_beside_empty_slots(shared: Front) -> None:
+def test_a_request_finds_a_worker_beside_empty_slots(shared: BalancerHarness) -> None:
     with httpx.Client(base_url=shared.url) as client:
         answers = [client.post("/work?seconds=0") for _ in range(40)]
     assert {answer.status_code for answer in answers} == {200}
@@ -56,7 +56,7 @@ def test_a_request_finds_a_worker_beside_empty_slots(shared: Front) -> None:
     assert all(answer.headers["X-Worker-Id"] == answer.json()["id"] for answer in answers)
 
 
-def test_requests_spread_by_connections(shared: Front) -> None:
+def test_requests_spread_by_connections(shared: BalancerHarness) -> None:
     def call(_: int) -> str:
         return str(httpx.post(f"{shared.url}/work?seconds=0.3").headers["X-Worker-Id"])
 
@@ -65,7 +65,7 @@ def test_requests_spread_by_connections(shared: Front) -> None:
             assert set(pool.map(call, range(2))) == {"w1", "w3"}
 
 
-def test_request_ids(shared: Front) -> None:
+def test_request_ids(shared: BalancerHarness) -> None:
     with httpx.Client(base_url=shared.url) as client:
         taken = client.get("/headers", headers={"X-Request-ID": "abc-1.2:3"})
         assert taken.headers.get_list("X-Request-ID") == ["abc-1.2:3"]
@@ -77,7 +77,7 @@ def test_request_ids(shared: Front) -> None:
         assert float(made.json()["X-Request-Start"]) == pytest.approx(time.time(), abs=60)
 
 
-def test_nobody_there_is_503_with_retry_after(alone: Front) -> None:
+def test_no_worker_is_503_with_retry_after(alone: BalancerHarness) -> None:
     alone.start()
     for method, path in (("GET", "/v1/models"), ("POST", "/predict"), ("GET", "/readyz")):
         answer = httpx.request(method, alone.url + path, headers={"X-Request-ID": "mine"})
@@ -89,13 +89,13 @@ def test_nobody_there_is_503_with_retry_after(alone: Front) -> None:
 
 
 @pytest.mark.parametrize("code", [400, 404, 409, 422, 429, 500, 503, 504])
-def test_a_models_own_answer_passes_unchanged(shared: Front, code: int) -> None:
+def test_a_models_own_answer_passes_unchanged(shared: BalancerHarness, code: int) -> None:
     answer = httpx.post(f"{shared.url}/status/{code}")
     assert answer.status_code == code
     assert answer.json()["error"] == {"message": "so asked"}
 
 
-def test_errors_of_nginx_itself_are_json(shared: Front) -> None:
+def test_errors_of_nginx_itself_are_json(shared: BalancerHarness) -> None:
     too_large = httpx.post(f"{shared.url}/size", content=b"x" * (65 * MEGABYTE), timeout=60)
     assert too_large.status_code == 413
     assert error_of(too_large)["code"] == "body_too_large"
@@ -114,7 +114,7 @@ def test_errors_of_nginx_itself_are_json(shared: Front) -> None:
 
 
 def test_an_answer_that_does_not_come_is_504(tmp_path: Path) -> None:
-    made = front(tmp_path, slots=1, request_timeout=0.5, grace=0.5)
+    made = make_balancer(tmp_path, slots=1, request_timeout=0.5, grace=0.5)
     try:
         made.start_worker("w1")
         made.start()
@@ -125,7 +125,7 @@ def test_an_answer_that_does_not_come_is_504(tmp_path: Path) -> None:
         made.stop()
 
 
-def test_a_stream_arrives_as_it_is_made(shared: Front) -> None:
+def test_a_stream_arrives_as_it_is_made(shared: BalancerHarness) -> None:
     arrivals = []
     with httpx.stream("GET", f"{shared.url}/stream?n=4&seconds=0.3&now=1") as answer:
         for chunk in answer.iter_raw():
@@ -134,8 +134,8 @@ def test_a_stream_arrives_as_it_is_made(shared: Front) -> None:
     assert arrivals[-1][0] - arrivals[0][0] > 0.5
 
 
-def test_a_foreign_stream_is_not_held_back(tmp_path: Path) -> None:
-    made = front(tmp_path, slots=1, own_workers=False)
+def test_a_stream_of_an_external_server_is_not_buffered(tmp_path: Path) -> None:
+    made = make_balancer(tmp_path, slots=1, own_workers=False)
     try:
         made.start_worker("w1")
         made.start()
@@ -160,7 +160,7 @@ def test_a_server_of_one_connection_at_a_time_is_never_held(tmp_path: Path) -> N
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-    made = front(tmp_path, slots=1, own_workers=False, processes=4)
+    made = make_balancer(tmp_path, slots=1, own_workers=False, processes=4)
     made.start()
     try:
         with HTTPServer(("127.0.0.1", made.ports["w1"]), Answer) as server:
@@ -173,12 +173,12 @@ def test_a_server_of_one_connection_at_a_time_is_never_held(tmp_path: Path) -> N
     assert codes == [200] * 30
 
 
-def test_a_large_answer_arrives_whole(shared: Front) -> None:
+def test_a_large_answer_arrives_whole(shared: BalancerHarness) -> None:
     answer = httpx.get(f"{shared.url}/big?bytes={20 * MEGABYTE}", timeout=60)
     assert len(answer.content) == 20 * MEGABYTE
 
 
-def test_the_admin_interface_cannot_be_reached(shared: Front) -> None:
+def test_the_admin_interface_cannot_be_reached(shared: BalancerHarness) -> None:
     """What the controller would answer at its socket never comes out of the public port."""
     with listener(shared.config.admin_socket) as seen:
         for path in ("/workers", "/workers/w1/drain", "/workers/../readyz", "//health", "/plan"):
@@ -219,13 +219,13 @@ def listener(path: Path) -> Iterator[list[bytes]]:
         thread.join()
 
 
-def test_without_the_controller_a_worker_answers_for_the_farm(shared: Front) -> None:
+def test_without_the_controller_a_worker_answers_for_the_farm(shared: BalancerHarness) -> None:
     answer = httpx.get(f"{shared.url}/metrics")
     assert answer.text.startswith("<style>"), "the stand-in's own"
     assert answer.headers["X-Worker-Id"] in ("w1", "w3")
 
 
-def test_a_post_is_replayed_when_its_worker_dies(alone: Front) -> None:
+def test_a_post_is_replayed_when_its_worker_dies(alone: BalancerHarness) -> None:
     alone.start_worker("w1")
     alone.start_worker("w2")
     alone.start()
@@ -236,7 +236,7 @@ def test_a_post_is_replayed_when_its_worker_dies(alone: Front) -> None:
     alone.running.pop("w1")
 
 
-def test_workers_come_and_go_without_a_loss(alone: Front) -> None:
+def test_workers_come_and_go_without_a_loss(alone: BalancerHarness) -> None:
     for name in ("w1", "w2", "w3"):
         alone.start_worker(name)
     alone.start()
@@ -262,7 +262,7 @@ def test_workers_come_and_go_without_a_loss(alone: Front) -> None:
     assert len(codes) > 50
 
 
-def test_the_access_log_is_json_with_the_workers_times(shared: Front) -> None:
+def test_the_access_log_is_json_with_the_workers_times(shared: BalancerHarness) -> None:
     httpx.post(f"{shared.url}/work?seconds=0.05", headers={"X-Request-ID": "look-for-me"})
 
     def line() -> dict[str, Any] | None:
@@ -279,7 +279,7 @@ def test_the_access_log_is_json_with_the_workers_times(shared: Front) -> None:
 
 
 @pytest.mark.parametrize("who", ["master", "process"])
-def test_service_is_back_after_a_kill(alone: Front, who: str) -> None:
+def test_service_is_back_after_a_kill(alone: BalancerHarness, who: str) -> None:
     alone.start_worker("w1")
     alone.start()
     assert alone.master is not None
@@ -305,7 +305,9 @@ def pids() -> list[int]:
     return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
-def test_what_is_left_of_a_killed_master_is_found_and_strangers_are_not(alone: Front) -> None:
+def test_only_processes_of_a_killed_master_are_ended(
+    alone: BalancerHarness,
+) -> None:
     alone.start()
     assert alone.master is not None
     stranger = subprocess.Popen(["sleep", "60"], process_group=alone.master.pid)
@@ -323,7 +325,7 @@ def test_what_is_left_of_a_killed_master_is_found_and_strangers_are_not(alone: F
         stranger.wait()
 
 
-def send_60_megabytes(where: Front) -> None:
+def send_60_megabytes(where: BalancerHarness) -> None:
     body = os.urandom(MEGABYTE) * 60
     answer = httpx.post(f"{where.url}/size", content=body, timeout=60)
     assert answer.status_code == 200, answer.text
@@ -333,7 +335,7 @@ def send_60_megabytes(where: Front) -> None:
     }
 
 
-def test_a_60_mb_body_goes_through(shared: Front) -> None:
+def test_a_60_mb_body_goes_through(shared: BalancerHarness) -> None:
     send_60_megabytes(shared)
 
 
@@ -342,7 +344,7 @@ def test_a_60_mb_body_goes_through_as_another_user() -> None:
     # Not below pytest's folder, which only its own user may enter.
     folder = Path(tempfile.mkdtemp(prefix="gpufarm-test-"))
     try:
-        made = front(folder, as_root=False)
+        made = make_balancer(folder, as_root=False)
         made.prefix_command = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
         for path in [folder, *folder.rglob("*")]:
             shutil.chown(path, 65534, 65534)

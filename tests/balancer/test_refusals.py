@@ -15,16 +15,16 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.balancer.harness import Front, error_of, front
+from tests.balancer.harness import BalancerHarness, error_of, make_balancer
 from tests.waiting import until
 
 CODES = {429: "queue_full", 503: "no_worker"}
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BalancerHarness]:
     """Two slots, both taken: the last attempt always meets a worker."""
-    made = front(tmp_path_factory.mktemp("nginx"), slots=2)
+    made = make_balancer(tmp_path_factory.mktemp("nginx"), slots=2)
     made.start_worker("w1")
     made.start_worker("w2")
     made.start()
@@ -33,17 +33,17 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> Iterator[Front]:
+def alone(tmp_path: Path) -> Iterator[BalancerHarness]:
     """Three slots, all empty."""
-    made = front(tmp_path, slots=3)
+    made = make_balancer(tmp_path, slots=3)
     made.start()
     yield made
     made.stop()
 
 
 @pytest.fixture
-def external(tmp_path: Path) -> Iterator[Front]:
-    made = front(tmp_path, slots=2, own_workers=False)
+def external(tmp_path: Path) -> Iterator[BalancerHarness]:
+    made = make_balancer(tmp_path, slots=2, own_workers=False)
     made.start_worker("w1")
     made.start_worker("w2")
     made.start()
@@ -51,7 +51,7 @@ def external(tmp_path: Path) -> Iterator[Front]:
     made.stop()
 
 
-def logged(where: Front, id_: str) -> dict[str, Any]:
+def logged(where: BalancerHarness, id_: str) -> dict[str, Any]:
     """The access log's entry of one request."""
 
     def entry() -> dict[str, Any] | None:
@@ -65,7 +65,7 @@ def logged(where: Front, id_: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_when_each_worker_refuses_the_last_one_decides(pair: Front, code: int) -> None:
+def test_when_each_worker_refuses_the_last_one_decides(pair: BalancerHarness, code: int) -> None:
     body = b"b" * 300_000
     answer = httpx.post(
         f"{pair.url}/refuse/{code}", content=body, headers={"X-Request-ID": f"r-{code}"}
@@ -80,7 +80,7 @@ def test_when_each_worker_refuses_the_last_one_decides(pair: Front, code: int) -
     assert entry["upstream_status"] == "502, 502"
 
 
-def test_a_refused_request_is_sent_on_with_its_body(pair: Front) -> None:
+def test_a_refused_request_is_sent_on_with_its_body(pair: BalancerHarness) -> None:
     body = b"b" * 300_000
     for _ in range(8):
         answer = httpx.post(f"{pair.url}/refuse/429?only=w1", content=body)
@@ -89,7 +89,7 @@ def test_a_refused_request_is_sent_on_with_its_body(pair: Front) -> None:
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_a_models_own_429_or_503_is_an_answer_and_not_sent_on(pair: Front, code: int) -> None:
+def test_a_models_own_429_or_503_is_not_retried(pair: BalancerHarness, code: int) -> None:
     for number in range(8):
         name = f"own-{code}-{number}"
         answer = httpx.post(f"{pair.url}/status/{code}", headers={"X-Request-ID": name})
@@ -100,7 +100,7 @@ def test_a_models_own_429_or_503_is_an_answer_and_not_sent_on(pair: Front, code:
         assert logged(pair, name)["upstream_status"] == str(code)
 
 
-def test_a_refusal_and_then_empty_slots_is_429(alone: Front) -> None:
+def test_a_refusal_and_then_empty_slots_is_429(alone: BalancerHarness) -> None:
     alone.start_worker("w2")
     for _ in range(12):
         answer = httpx.post(f"{alone.url}/refuse/429")
@@ -109,14 +109,14 @@ def test_a_refusal_and_then_empty_slots_is_429(alone: Front) -> None:
         assert answer.json()["error"]["code"] == "queue_full"
 
 
-def test_empty_slots_alone_are_503(alone: Front) -> None:
+def test_empty_slots_alone_are_503(alone: BalancerHarness) -> None:
     answer = httpx.post(f"{alone.url}/predict")
     assert answer.status_code == 503
     assert int(answer.headers["Retry-After"]) >= 1
     assert error_of(answer)["code"] == "no_worker"
 
 
-def test_a_worker_that_dies_and_then_empty_slots_is_503(alone: Front) -> None:
+def test_a_worker_that_dies_and_then_empty_slots_is_503(alone: BalancerHarness) -> None:
     alone.start_worker("w2")
     answer = httpx.post(f"{alone.url}/refuse/429?end=w2")
     assert answer.status_code == 503
@@ -136,7 +136,7 @@ def test_a_worker_that_dies_and_then_empty_slots_is_503(alone: Front) -> None:
     ],
 )
 def test_a_model_can_steer_nginx_only_to_what_is_public(
-    pair: Front, target: str, code: int
+    pair: BalancerHarness, target: str, code: int
 ) -> None:
     """Each answer is one that any caller can get, or an error of nginx's."""
     answer = httpx.post(f"{pair.url}/steer", params={"to": target})
@@ -144,12 +144,12 @@ def test_a_model_can_steer_nginx_only_to_what_is_public(
     assert "root:" not in answer.text
 
 
-def test_a_model_that_steers_to_itself_ends(pair: Front) -> None:
+def test_a_model_that_steers_to_itself_ends(pair: BalancerHarness) -> None:
     """In an answer of nginx's own wording: after ten redirects it follows no error page either."""
     assert httpx.post(f"{pair.url}/steer").status_code == 500
 
 
-def test_an_external_servers_answer_steers_nothing(external: Front) -> None:
+def test_an_external_servers_answer_steers_nothing(external: BalancerHarness) -> None:
     for target in ("/.gpufarm/429", "/livez", "/status/418"):
         answer = httpx.post(f"{external.url}/steer", params={"to": target})
         assert answer.status_code == 200
@@ -158,7 +158,7 @@ def test_an_external_servers_answer_steers_nothing(external: Front) -> None:
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_what_an_external_server_refuses_is_sent_on(external: Front, code: int) -> None:
+def test_what_an_external_server_refuses_is_sent_on(external: BalancerHarness, code: int) -> None:
     for _ in range(6):
         answer = httpx.post(f"{external.url}/status/{code}?only=w1")
         assert (answer.status_code, answer.json()["id"]) == (200, "w2")
@@ -193,7 +193,7 @@ def dying(ports: list[int], hold: Callable[[], None]) -> Iterator[list[bytes]]:
             thread.join()
 
 
-def test_each_attempt_of_a_request_carries_the_same_start(alone: Front) -> None:
+def test_each_attempt_of_a_request_carries_the_same_start(alone: BalancerHarness) -> None:
     with dying(list(alone.ports.values()), lambda: time.sleep(0.05)) as heads:
         assert httpx.post(f"{alone.url}/predict").status_code == 503
     assert len(heads) == 3
@@ -202,7 +202,7 @@ def test_each_attempt_of_a_request_carries_the_same_start(alone: Front) -> None:
 
 
 def test_a_request_is_not_sent_again_after_its_deadline(tmp_path: Path) -> None:
-    made = front(tmp_path, slots=6, request_timeout=0.5)
+    made = make_balancer(tmp_path, slots=6, request_timeout=0.5)
     made.start()
     try:
         with dying(list(made.ports.values()), lambda: time.sleep(0.3)) as heads:

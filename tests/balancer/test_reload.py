@@ -18,7 +18,7 @@ import pytest
 
 from balancer import reload as nginx_reload
 from balancer.configuration import CLOSING, CONF, write
-from tests.balancer.harness import Front, error_of, front
+from tests.balancer.harness import BalancerHarness, error_of, make_balancer
 from tests.waiting import until
 
 MEGABYTE = 2**20
@@ -27,9 +27,9 @@ RELOADS = 30
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Front]:
+def pair(tmp_path: Path) -> Iterator[BalancerHarness]:
     """Three slots, of which w1 and w2 are there."""
-    made = front(tmp_path, slots=3)
+    made = make_balancer(tmp_path, slots=3)
     made.start_worker("w1")
     made.start_worker("w2")
     made.start()
@@ -37,7 +37,7 @@ def pair(tmp_path: Path) -> Iterator[Front]:
     made.stop()
 
 
-def test_the_new_file_holds_when_the_reload_returns(pair: Front) -> None:
+def test_the_new_file_holds_when_the_reload_returns(pair: BalancerHarness) -> None:
     for limit, status in ((1000, 413), (4000, 200), (1000, 413)):
         assert write(replace(pair.config, body_limit=limit))
         assert nginx_reload.reload(pair.config.prefix)
@@ -46,7 +46,7 @@ def test_the_new_file_holds_when_the_reload_returns(pair: Front) -> None:
         assert not (pair.config.prefix / CLOSING).exists()
 
 
-def test_reloads_lose_no_request(pair: Front) -> None:
+def test_reloads_lose_no_request(pair: BalancerHarness) -> None:
     """With SIGHUP alone about one request is lost in eight reloads."""
     ended = threading.Event()
     lost: list[str] = []
@@ -85,7 +85,9 @@ def test_reloads_lose_no_request(pair: Front) -> None:
     assert sum(answered) > RELOADS * CLIENTS
 
 
-def test_a_connection_that_is_used_is_ended_by_an_answer_before_the_reload(pair: Front) -> None:
+def test_a_used_connection_is_closed_before_the_reload(
+    pair: BalancerHarness,
+) -> None:
     client = http.client.HTTPConnection("127.0.0.1", pair.config.port, timeout=30)
 
     def ask() -> str | None:
@@ -105,14 +107,14 @@ def test_a_connection_that_is_used_is_ended_by_an_answer_before_the_reload(pair:
 
 
 @pytest.fixture
-def closing(pair: Front) -> Front:
+def closing(pair: BalancerHarness) -> BalancerHarness:
     """As nginx is while it is about to be reloaded."""
     (pair.config.prefix / CLOSING).touch()
     return pair
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
-def test_meanwhile_requests_reach_their_worker_as_they_are(closing: Front, method: str) -> None:
+def test_requests_during_a_reload_are_unchanged(closing: BalancerHarness, method: str) -> None:
     path = "/refuse/503?only=w1&q=%C3%A4%2F"
     answer = httpx.request(method, closing.url + path, content=b"b" * 100_000)
     assert answer.status_code == 200
@@ -123,7 +125,7 @@ def test_meanwhile_requests_reach_their_worker_as_they_are(closing: Front, metho
     assert answer.headers["X-Worker-Id"] == "w2"
 
 
-def test_meanwhile_streams_and_large_bodies_pass(closing: Front) -> None:
+def test_meanwhile_streams_and_large_bodies_pass(closing: BalancerHarness) -> None:
     arrivals = []
     with httpx.stream("GET", f"{closing.url}/stream?n=4&seconds=0.3&now=1") as answer:
         for chunk in answer.iter_raw():
@@ -135,7 +137,7 @@ def test_meanwhile_streams_and_large_bodies_pass(closing: Front) -> None:
     assert sized.json() == {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
 
 
-def test_meanwhile_a_client_is_told_to_send_its_body(closing: Front) -> None:
+def test_meanwhile_a_client_is_told_to_send_its_body(closing: BalancerHarness) -> None:
     with socket.create_connection(("127.0.0.1", closing.config.port), timeout=20) as connection:
         head = b"POST /size HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n"
         connection.sendall(head + b"Expect: 100-continue\r\n\r\n")
@@ -144,7 +146,7 @@ def test_meanwhile_a_client_is_told_to_send_its_body(closing: Front) -> None:
         assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
 
 
-def test_meanwhile_errors_are_those_of_any_time(closing: Front) -> None:
+def test_meanwhile_errors_are_those_of_any_time(closing: BalancerHarness) -> None:
     assert httpx.post(f"{closing.url}/refuse/429").json()["error"]["code"] == "queue_full"
     assert httpx.post(f"{closing.url}/status/503").json()["error"] == {"message": "so asked"}
     too_large = httpx.post(f"{closing.url}/size", content=b"x" * (65 * MEGABYTE), timeout=60)
@@ -158,7 +160,7 @@ def test_meanwhile_errors_are_those_of_any_time(closing: Front) -> None:
 
 
 def test_a_file_that_nginx_refuses_changes_nothing(
-    pair: Front, monkeypatch: pytest.MonkeyPatch
+    pair: BalancerHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nginx_reload, "START_SECONDS", 1.0)
     conf = pair.config.prefix / CONF
@@ -174,7 +176,7 @@ def test_where_no_nginx_runs_nothing_is_reloaded(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_reload_left_is_removed(tmp_path: Path) -> None:
-    made = front(tmp_path)
+    made = make_balancer(tmp_path)
     flag = tmp_path / CLOSING
     flag.touch()
     nginx_reload.remove_abandoned_flag(tmp_path)

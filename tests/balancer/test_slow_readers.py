@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from balancer import processes
-from tests.balancer.harness import front
+from tests.balancer.harness import make_balancer
 from tests.waiting import until
 
 MEGABYTE = 2**20
@@ -84,7 +84,7 @@ def file_bytes(prefix: Path) -> int:
 
 
 def test_a_slow_reader_does_not_hold_its_worker(tmp_path: Path) -> None:
-    made = front(tmp_path, slots=1)
+    made = make_balancer(tmp_path, slots=1)
     made.start()
     try:
         with worker(made.ports["w1"]) as sent, reader(made.config.port) as connection:
@@ -96,7 +96,7 @@ def test_a_slow_reader_does_not_hold_its_worker(tmp_path: Path) -> None:
 
 def test_nginx_holds_no_more_than_the_limit_and_the_rest_follows(tmp_path: Path) -> None:
     limit = 4 * MEGABYTE
-    made = front(tmp_path, slots=1, answer_file_limit=limit)
+    made = make_balancer(tmp_path, slots=1, response_file_limit=limit)
     made.start()
     try:
         with worker(made.ports["w1"]) as sent, reader(made.config.port) as connection:
@@ -111,7 +111,7 @@ def test_nginx_holds_no_more_than_the_limit_and_the_rest_follows(tmp_path: Path)
 
 def test_a_live_stream_is_written_to_no_file(tmp_path: Path) -> None:
     """Its worker sees how fast the reader is, and does what it does with a slow one."""
-    made = front(tmp_path, slots=1)
+    made = make_balancer(tmp_path, slots=1)
     made.start()
     try:
         live = "X-Accel-Buffering: no\r\n"

@@ -138,7 +138,7 @@ def test_a_ready_url_that_is_not_there_is_told() -> None:
     with new_farm(re.sub(r'ready_url = "[^"]*"', 'ready_url = "/nowhere"', text)) as farm:
         farm.port = port
         told = farm.run("up", expect=1).stderr
-        assert "w1 was not ready within 3 s: /nowhere (model.ready_url) was answered 404" in told
+        assert "w1 was not ready within 3 s: /nowhere (model.ready_url) returned 404" in told
 
 
 def test_a_farm_is_not_replaced_from_a_folder_without_a_configuration(tmp_path: Path) -> None:

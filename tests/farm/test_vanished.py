@@ -69,16 +69,16 @@ def test_a_killed_supervisor_without_sockets_and_records_leaves_no_orphans(comma
 
 def test_a_process_that_cannot_be_ended_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel keeps one that hangs in it; here a signal is withheld instead."""
-    from launcher.supervision import leftovers as orphans
+    from launcher.supervision import leftovers
 
     with new_farm(workers="count = 1") as farm:
         farm.run("up")
         pid = farm.pids()["w1"]
         os.kill(farm.pid_of(SUPERVISOR), signal.SIGKILL)
-        monkeypatch.setattr(orphans, "_send", lambda process, number: None)
-        monkeypatch.setattr(orphans, "KILLED_SECONDS", 0.2)
-        with pytest.raises(orphans.StillRunningError, match=str(pid)):
-            orphans.clean(farm.state, graceful_seconds=0.2)
+        monkeypatch.setattr(leftovers, "_send", lambda process, number: None)
+        monkeypatch.setattr(leftovers, "KILLED_SECONDS", 0.2)
+        with pytest.raises(leftovers.StillRunningError, match=str(pid)):
+            leftovers.clean(farm.state, graceful_seconds=0.2)
         monkeypatch.undo()
         farm.run("down")
         leaves_nothing(farm)

@@ -118,7 +118,7 @@ print([n for n in ("torch", "onnxruntime", "starlette", "uvicorn") if n in sys.m
     assert done.stdout.strip().splitlines()[-1] == "[]"
 
 
-def test_three_and_three_fit_on_two_imagined_devices(tmp_path: Path) -> None:
+def test_three_and_three_fit_on_two_hypothetical_devices(tmp_path: Path) -> None:
     arguments = ("--device", "24GiB", "--device", "24GiB", "--footprint", "7GiB", "--json")
     plan = json.loads(gpufarm(tmp_path, "plan", *arguments).stdout)
     assert [device["workers"] for device in plan["devices"]] == [3, 3]

@@ -58,7 +58,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o1777)
-    monkeypatch.setattr(reservations, "PLACES", (shared,))
+    monkeypatch.setattr(reservations, "PARENTS", (shared,))
     built = Machine(tmp_path)
     monkeypatch.setattr(Driver, "open", lambda nvml=None: Driver(FakeNvml(built.gpu)))
     monkeypatch.setattr(host, "read_host", lambda: built.host)

@@ -24,9 +24,8 @@ from launcher.planning.inventory import Device, Footprint, Host, Tenant
 from launcher.planning.nvml import Driver
 from launcher.planning.plan import Limits, plan
 from launcher.planning.sampling import tree_pss
-from launcher.supervision import leftovers as orphans
-from launcher.supervision import ports
-from launcher.supervision.exit_reason import last_line, words_since
+from launcher.supervision import leftovers, ports
+from launcher.supervision.exit_reason import exit_reason, exit_reason_since
 from launcher.supervision.farm import Farm
 from launcher.supervision.ports import HeldPorts
 from launcher.supervision.supervisord import MARK, ProcessInfo, Supervisor
@@ -89,7 +88,7 @@ def farm(tmp_path: Path, device: Device, **changes: Any) -> Farm:
 
 
 @dataclass
-class Surroundings:
+class ObserverSetup:
     """An observer with what it looks at."""
 
     farm: Farm
@@ -97,9 +96,9 @@ class Surroundings:
     observer: Observer
     crashes: int = 1
     """Of every slot's record."""
-    wanted: tuple[str, ...] = ("w1", "w2")
+    desired_slots: tuple[str, ...] = ("w1", "w2")
 
-    def look(self, **states: str) -> dict[str, Observation]:
+    def observe(self, **states: str) -> dict[str, Observation]:
         records = {
             id_: Record(state=cast(Any, state), crashes=self.crashes)
             for id_, state in states.items()
@@ -108,24 +107,24 @@ class Surroundings:
         starts = {
             slot.id: Start(self.farm.current, plan_.device_of(slot))
             for slot in plan_.slots
-            if slot.id in self.wanted
+            if slot.id in self.desired_slots
         }
         external = tuple(records) if self.farm.is_external else ()
-        return self.observer.look(Memory(records), starts, external)
+        return self.observer.observe(Memory(records), starts, external)
 
 
 @pytest.fixture
-def sight() -> Iterator[Callable[..., Surroundings]]:
+def make_setup() -> Iterator[Callable[..., ObserverSetup]]:
     made = []
 
-    def make(tmp_path: Path, device: Device, **changes: Any) -> Surroundings:
+    def make(tmp_path: Path, device: Device, **changes: Any) -> ObserverSetup:
         supervisor = FakeSupervisor()
         supervisor.set("w1", "STOPPED")
         supervisor.set("w2", "STOPPED")
         observed = farm(tmp_path, device, **changes)
         observer = Observer(observed, cast(Supervisor, supervisor))
         made.append((observed, supervisor))
-        return Surroundings(observed, supervisor, observer)
+        return ObserverSetup(observed, supervisor, observer)
 
     yield make
     for observed, supervisor in made:
@@ -133,7 +132,7 @@ def sight() -> Iterator[Callable[..., Surroundings]]:
             supervisor.held.release(port)
 
 
-Sight = Callable[..., Surroundings]
+MakeSetup = Callable[..., ObserverSetup]
 
 
 @pytest.fixture
@@ -143,65 +142,65 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     return fake
 
 
-def test_what_runs_is_alive_and_what_ended_tells_why(tmp_path: Path, sight: Sight) -> None:
-    seen = sight(tmp_path, CPU)
-    seen.supervisor.set("w1", "RUNNING", pid=41)
-    seen.supervisor.set("w2", "STOPPING", pid=42)
-    alive = seen.look(w1="starting", w2="draining")
+def test_an_ended_slot_has_an_exit_reason(tmp_path: Path, make_setup: MakeSetup) -> None:
+    setup = make_setup(tmp_path, CPU)
+    setup.supervisor.set("w1", "RUNNING", pid=41)
+    setup.supervisor.set("w2", "STOPPING", pid=42)
+    alive = setup.observe(w1="starting", w2="draining")
     assert (alive["w1"].alive, alive["w1"].pid, alive["w1"].stopping) == (True, 41, False)
     assert (alive["w1"].started, alive["w2"].stopping) == (1.0, True)
     (tmp_path / "logs/w1.log").write_text("loading\nweights are missing\n\n")
-    seen.supervisor.set("w1", "EXITED", exit_code=3)
-    ended = seen.look(w1="starting", w2="draining")["w1"]
+    setup.supervisor.set("w1", "EXITED", exit_code=3)
+    ended = setup.observe(w1="starting", w2="draining")["w1"]
     assert (ended.alive, ended.exit_code, ended.exit_reason) == (False, 3, "weights are missing")
 
 
-def test_a_slot_that_never_ran_has_no_exit_code(tmp_path: Path, sight: Sight) -> None:
-    never = sight(tmp_path, CPU).look(w1="starting")["w1"]
+def test_a_slot_that_never_ran_has_no_exit_code(tmp_path: Path, make_setup: MakeSetup) -> None:
+    never = make_setup(tmp_path, CPU).observe(w1="starting")["w1"]
     assert (never.started, never.exit_code) == (0.0, None)
 
 
 def test_slots_of_a_larger_plan_are_observed_too_and_other_programs_are_not(
-    tmp_path: Path, sight: Sight
+    tmp_path: Path, make_setup: MakeSetup
 ) -> None:
-    seen = sight(tmp_path, CPU)
-    seen.wanted = ("w1",)
-    seen.supervisor.set("w2", "RUNNING", pid=42)
+    setup = make_setup(tmp_path, CPU)
+    setup.desired_slots = ("w1",)
+    setup.supervisor.set("w2", "RUNNING", pid=42)
     for name in ("nginx", "controller", "worker", "w"):
-        seen.supervisor.set(name, "RUNNING", pid=43)
-    observed = seen.look(w2="ready")
+        setup.supervisor.set(name, "RUNNING", pid=43)
+    observed = setup.observe(w2="ready")
     assert set(observed) == {"w1", "w2"}
     assert observed["w2"].alive
 
 
 def test_a_gpu_is_clear_when_the_dead_process_has_left_it_and_has_room_when_enough_is_free(
-    tmp_path: Path, driver: FakeDriver, sight: Sight
+    tmp_path: Path, driver: FakeDriver, make_setup: MakeSetup
 ) -> None:
-    seen = sight(tmp_path, GPU)
-    seen.supervisor.set("w1", "RUNNING", pid=41)
-    seen.look(w1="ready")
-    seen.supervisor.set("w1", "EXITED", exit_code=-1)
+    setup = make_setup(tmp_path, GPU)
+    setup.supervisor.set("w1", "RUNNING", pid=41)
+    setup.observe(w1="ready")
+    setup.supervisor.set("w1", "EXITED", exit_code=-1)
     driver.holders = (Tenant(41, "python", 7 * GIB),)
-    assert not seen.look(w1="stopped")["w1"].clear
+    assert not setup.observe(w1="stopped")["w1"].clear
     driver.holders, driver.bytes_free = (), 6 * GIB
-    short = seen.look(w1="stopped")["w1"]
+    short = setup.observe(w1="stopped")["w1"]
     assert short.clear
     assert "it needs 7 GiB of A card, and 6 GiB are free" in short.no_room
     driver.bytes_free = 8 * GIB
-    assert seen.look(w1="stopped")["w1"].no_room == ""
+    assert setup.observe(w1="stopped")["w1"].no_room == ""
 
 
 def test_a_driver_that_lists_a_dead_process_is_not_waited_for_for_ever(
-    tmp_path: Path, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, sight: Sight
+    tmp_path: Path, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, make_setup: MakeSetup
 ) -> None:
-    seen = sight(tmp_path, GPU)
-    seen.supervisor.set("w1", "RUNNING", pid=41)
-    seen.look(w1="ready")
-    seen.supervisor.set("w1", "EXITED", exit_code=-1)
+    setup = make_setup(tmp_path, GPU)
+    setup.supervisor.set("w1", "RUNNING", pid=41)
+    setup.observe(w1="ready")
+    setup.supervisor.set("w1", "EXITED", exit_code=-1)
     driver.holders = (Tenant(41, "python", 7 * GIB),)
-    assert not seen.look(w1="stopped")["w1"].clear
+    assert not setup.observe(w1="stopped")["w1"].clear
     monkeypatch.setattr(observe, "MEMORY_SECONDS", 0.0)
-    assert seen.look(w1="stopped")["w1"].clear
+    assert setup.observe(w1="stopped")["w1"].clear
 
 
 def test_a_scale_is_refused_with_the_memory_that_is_free_now(
@@ -212,44 +211,44 @@ def test_a_scale_is_refused_with_the_memory_that_is_free_now(
     driver.bytes_free = 14 * GIB + headroom
     assert refusal_for(generation, ["GPU-1", "GPU-1"]) == ""
     assert refusal_for(generation, []) == ""
-    assert "21 GiB of A card are needed" in refusal_for(generation, ["GPU-1"] * 3)
+    assert "they need 21 GiB of A card" in refusal_for(generation, ["GPU-1"] * 3)
     driver.bytes_free -= 1
     assert refusal_for(generation, ["GPU-1", "GPU-1"]) != ""
 
 
-def test_what_has_the_port_is_named(tmp_path: Path, sight: Sight) -> None:
-    seen = sight(tmp_path, CPU)
-    port = seen.farm.port_of("w1")
+def test_what_has_the_port_is_named(tmp_path: Path, make_setup: MakeSetup) -> None:
+    setup = make_setup(tmp_path, CPU)
+    port = setup.farm.port_of("w1")
     with socket.create_server(("127.0.0.1", port)):
-        assert str(port) in seen.look(w1="stopped")["w1"].taken_by
+        assert str(port) in setup.observe(w1="stopped")["w1"].taken_by
         assert str(psutil.Process().pid) in listener_of(port)
-    assert seen.look(w1="stopped")["w1"].taken_by == ""
+    assert setup.observe(w1="stopped")["w1"].taken_by == ""
 
 
-def test_the_ports_of_empty_slots_are_held(tmp_path: Path, sight: Sight) -> None:
-    seen = sight(tmp_path, CPU)
-    seen.wanted = ()
-    seen.look()
-    for port in seen.farm.ports:
+def test_the_ports_of_empty_slots_are_held(tmp_path: Path, make_setup: MakeSetup) -> None:
+    setup = make_setup(tmp_path, CPU)
+    setup.desired_slots = ()
+    setup.observe()
+    for port in setup.farm.ports:
         with pytest.raises(OSError, match="in use"):
             socket.create_server(("127.0.0.1", port))
 
 
 @pytest.mark.parametrize("external", [False, True])
 def test_the_port_of_an_external_server_is_left_to_it_while_it_runs(
-    tmp_path: Path, external: bool, sight: Sight
+    tmp_path: Path, external: bool, make_setup: MakeSetup
 ) -> None:
     command = {"model__command": ["server", "{port}"], "footprint__bytes": "1GiB"}
     changes = {**command, "model__target": ""} if external else {}
-    seen = sight(tmp_path, CPU, **changes)
-    seen.look(w1="stopped")
-    port = seen.farm.port_of("w1")
-    seen.supervisor.held.release(port)  # as the controller does before it starts one
-    seen.supervisor.set("w1", "RUNNING", pid=41)
-    seen.look(w1="starting")
+    setup = make_setup(tmp_path, CPU, **changes)
+    setup.observe(w1="stopped")
+    port = setup.farm.port_of("w1")
+    setup.supervisor.held.release(port)  # as the controller does before it starts one
+    setup.supervisor.set("w1", "RUNNING", pid=41)
+    setup.observe(w1="starting")
     assert ports.is_free(port) is external
-    seen.supervisor.set("w1", "EXITED")
-    seen.look(w1="starting")
+    setup.supervisor.set("w1", "EXITED")
+    setup.observe(w1="starting")
     assert not ports.is_free(port)
 
 
@@ -266,42 +265,42 @@ def left_behind(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_what_a_dead_worker_left_behind_is_ended_before_the_next_start(
-    tmp_path: Path, left_behind: subprocess.Popen[bytes], sight: Sight
+    tmp_path: Path, left_behind: subprocess.Popen[bytes], make_setup: MakeSetup
 ) -> None:
-    seen = sight(tmp_path, CPU)
-    seen.look(w1="ready", w2="stopped")
+    setup = make_setup(tmp_path, CPU)
+    setup.observe(w1="ready", w2="stopped")
     assert left_behind.poll() is None, "it belongs to another slot"
-    assert seen.look(w1="stopped")["w1"].clear
+    assert setup.observe(w1="stopped")["w1"].clear
     assert left_behind.wait(10) == -9
 
 
 def test_a_drained_server_may_finish_behind_its_shell(
-    tmp_path: Path, left_behind: subprocess.Popen[bytes], sight: Sight
+    tmp_path: Path, left_behind: subprocess.Popen[bytes], make_setup: MakeSetup
 ) -> None:
-    seen = sight(tmp_path, CPU)
-    seen.crashes = 0
-    assert not seen.look(w1="stopped")["w1"].clear
+    setup = make_setup(tmp_path, CPU)
+    setup.crashes = 0
+    assert not setup.observe(w1="stopped")["w1"].clear
     assert left_behind.poll() is None
 
 
-def test_orphans_are_known_by_the_mark_of_their_farm_and_others_are_not(
+def test_leftovers_are_known_by_the_mark_of_their_farm_and_others_are_not(
     tmp_path: Path, left_behind: subprocess.Popen[bytes]
 ) -> None:
     environment = {"PATH": "/usr/bin:/bin", MARK: str(tmp_path.resolve() / "other")}
     with subprocess.Popen(["sleep", "100"], env=environment) as stranger:
-        assert [process.pid for process in orphans.marked(tmp_path)] == [left_behind.pid]
-        assert [process.pid for process in orphans.marked(tmp_path, "w1")] == [left_behind.pid]
-        assert orphans.marked(tmp_path, "w2") == []
-        assert orphans.marked(tmp_path / "another") == []
+        assert [process.pid for process in leftovers.marked(tmp_path)] == [left_behind.pid]
+        assert [process.pid for process in leftovers.marked(tmp_path, "w1")] == [left_behind.pid]
+        assert leftovers.marked(tmp_path, "w2") == []
+        assert leftovers.marked(tmp_path / "another") == []
         begun = time.monotonic()
-        assert orphans.clean(tmp_path, graceful_seconds=20) == 1
+        assert leftovers.clean(tmp_path, graceful_seconds=20) == 1
         assert time.monotonic() - begun < 15
         assert not psutil.pid_exists(left_behind.pid)
         assert stranger.poll() is None
         stranger.kill()
 
 
-def test_orphans_are_found_through_a_link_and_when_everything_else_has_vanished(
+def test_leftovers_are_found_through_a_link_and_when_everything_else_has_vanished(
     tmp_path: Path,
 ) -> None:
     state, link = tmp_path / "state", tmp_path / "link"
@@ -311,11 +310,11 @@ def test_orphans_are_found_through_a_link_and_when_everything_else_has_vanished(
     with subprocess.Popen(["sleep", "100"], env=given) as process:
         try:
             for path in (state, link):
-                found = until(lambda path=path: orphans.marked(path), "it has started")  # type: ignore[misc]
+                found = until(lambda path=path: leftovers.marked(path), "it has started")  # type: ignore[misc]
                 assert [orphan.pid for orphan in found] == [process.pid]
             link.unlink()
             state.rmdir()
-            assert [orphan.pid for orphan in orphans.marked(state)] == [process.pid]
+            assert [orphan.pid for orphan in leftovers.marked(state)] == [process.pid]
         finally:
             process.kill()
 
@@ -342,7 +341,7 @@ def test_a_pid_that_was_used_again_is_not_signalled(left_behind: subprocess.Pope
     impostor = psutil.Process(left_behind.pid)
     impostor._create_time = 1.0  # type: ignore[attr-defined]
     impostor._ident = (left_behind.pid, 1.0)  # type: ignore[attr-defined]
-    orphans.end([impostor], graceful_seconds=0.2)
+    leftovers.end([impostor], graceful_seconds=0.2)
     assert left_behind.poll() is None
 
 
@@ -362,31 +361,31 @@ def test_memory_is_the_whole_trees_or_the_gpus(driver: FakeDriver) -> None:
 
 def test_last_lines(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    assert last_line(log) == ""
+    assert exit_reason(log) == ""
     log.write_text("x" * 10000 + "\n" + "the end " + "y" * 1000 + "\n \n")
-    assert last_line(log).startswith("the end")
-    assert len(last_line(log)) == 300
+    assert exit_reason(log).startswith("the end")
+    assert len(exit_reason(log)) == 300
     log.write_text("2026-01-02T03:04:05.678Z ERROR w1 cannot load: there are no weights\n")
-    assert last_line(log) == "there are no weights"
+    assert exit_reason(log) == "there are no weights"
     log.write_text("2026-01-02T03:04:05.678Z INFO w1 ready url=http://127.0.0.1:1\n")
-    assert last_line(log) == "", "it says nothing about an end"
-    told = {"time": "2026-01-02T03:04:05.678Z", "process": "w1", "level": "ERROR"}
-    log.write_text(json.dumps(told | {"message": "cannot load: there are no weights"}) + "\n")
-    assert last_line(log) == "there are no weights"
-    log.write_text(json.dumps(told | {"level": "INFO", "message": "ready"}) + "\n")
-    assert last_line(log) == ""
+    assert exit_reason(log) == "", "it says nothing about an end"
+    record = {"time": "2026-01-02T03:04:05.678Z", "process": "w1", "level": "ERROR"}
+    log.write_text(json.dumps(record | {"message": "cannot load: there are no weights"}) + "\n")
+    assert exit_reason(log) == "there are no weights"
+    log.write_text(json.dumps(record | {"level": "INFO", "message": "ready"}) + "\n")
+    assert exit_reason(log) == ""
     log.write_text('{"error": "no weights"}\n')
-    assert last_line(log) == '{"error": "no weights"}'
-    foreign = "2026-01-02T03:04:05.678Z INFO server exiting: CUDA error 700"
-    log.write_text(f"{foreign}\n")
-    assert last_line(log) == foreign, "somebody else's lines stay as they are"
+    assert exit_reason(log) == '{"error": "no weights"}'
+    external = "2026-01-02T03:04:05.678Z INFO server exiting: CUDA error 700"
+    log.write_text(f"{external}\n")
+    assert exit_reason(log) == external, "lines of other programs are unchanged"
 
 
-def test_last_words_are_those_of_the_process_that_ended(tmp_path: Path) -> None:
+def test_the_exit_reason_is_that_of_the_process_that_ended(tmp_path: Path) -> None:
     """The log outlives many processes, and a crash without a word must not quote another's."""
     log = tmp_path / "w1.log"
     log.write_text("an older process could not load\n")
     os.utime(log, (1000, 1000))
-    assert words_since(log, 1001) == ""
-    assert words_since(log, 1000) == "an older process could not load"
-    assert words_since(tmp_path / "w2.log", 0) == ""
+    assert exit_reason_since(log, 1001) == ""
+    assert exit_reason_since(log, 1000) == "an older process could not load"
+    assert exit_reason_since(tmp_path / "w2.log", 0) == ""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from launcher.controller.probe import NoAnswerError, get
+from launcher.controller.probe import NoResponseError, get
 from tests.waiting import free_port
 
 
@@ -54,15 +54,15 @@ def test_a_connection_that_stays_open_ends_with_its_length() -> None:
 
 @pytest.mark.parametrize("answer", [b"", b"nonsense", b"HTTP/1.1 abc\r\n\r\n"])
 def test_what_is_no_http_is_no_answer(answer: bytes) -> None:
-    with server(answer) as port, pytest.raises(NoAnswerError):
+    with server(answer) as port, pytest.raises(NoResponseError):
         ask(port)
 
 
 def test_nobody_there_is_no_answer() -> None:
-    with pytest.raises(NoAnswerError, match="Connect call failed"):
+    with pytest.raises(NoResponseError, match="Connect call failed"):
         ask(free_port())
 
 
 def test_silence_is_no_answer() -> None:
-    with server(b"HTTP/1.1 200 OK\r\n", close=False) as port, pytest.raises(NoAnswerError):
+    with server(b"HTTP/1.1 200 OK\r\n", close=False) as port, pytest.raises(NoResponseError):
         ask(port, seconds=0.2)

@@ -71,7 +71,7 @@ def test_whatever_happens_it_comes_to_rest_as_desired_when_the_world_calms_down(
     calm(world)
     world.scale(None)  # asked again: what has failed for good is tried again
     world.run_until_settled()
-    assert set(world.ready()) == set(world.goal.wanted), world.memory
+    assert set(world.ready()) == set(world.goal.desired_slots), world.memory
     assert all(process.spec == world.goal.target(id_).spec for id_, process in world.alive.items())
     assert {id_ for id_, record in world.memory.records.items() if record.alive} == set(world.alive)
     assert set(world.memory.records) <= set(world.goal.by_id), "no record of a slot that is gone"
@@ -110,7 +110,7 @@ def test_a_rollout_never_leaves_fewer_ready_than_one_where_two_or_more_serve(see
         world.run(0.5)
     assert world.fewest_ready >= 1
     assert world.verdicts == ["given up" if world.fails else "promoted"]
-    assert len(world.ready()) == len(world.goal.wanted)
+    assert len(world.ready()) == len(world.goal.desired_slots)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -124,4 +124,4 @@ def test_a_controller_that_forgets_everything_converges_too(seed: int) -> None:
             world.memory = Memory()
     calm(world)
     world.run_until_settled()
-    assert set(world.ready()) == set(world.goal.wanted)
+    assert set(world.ready()) == set(world.goal.desired_slots)

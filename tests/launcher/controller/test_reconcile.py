@@ -280,7 +280,7 @@ def test_a_drained_slot_stays_empty_and_the_next_takes_over_when_asked() -> None
     world.scale(3)
     world.run(20)
     assert world.states() == "ready stopped ready ready"
-    assert world.goal.wanted == ("w1", "w3", "w4")
+    assert world.goal.desired_slots == ("w1", "w3", "w4")
     world.restart("w2")
     world.run_until_settled()
     assert world.states() == "ready ready ready ready", "four slots are in use with w2"
@@ -396,7 +396,7 @@ def targets(*ids: str) -> tuple[Target, ...]:
 
 
 @pytest.mark.parametrize(
-    ("planned", "desired", "wanted"),
+    ("planned", "desired", "desired_slots"),
     [
         (2, Desired(), ("w1", "w2")),
         (2, Desired(3), ("w1", "w2", "w3")),
@@ -410,10 +410,10 @@ def targets(*ids: str) -> tuple[Target, ...]:
     ],
 )
 def test_a_goal_is_the_plan_or_the_scaled_count_less_what_is_drained(
-    planned: int, desired: Desired, wanted: tuple[str, ...]
+    planned: int, desired: Desired, desired_slots: tuple[str, ...]
 ) -> None:
     goal = Goal.of(targets("w1", "w2", "w3"), planned, desired)
-    assert goal.wanted == wanted
+    assert goal.desired_slots == desired_slots
     assert goal.drained <= set(goal.by_id)
 
 

@@ -113,7 +113,7 @@ class World:
         return " ".join(self.state(target.id) for target in self.current.targets)
 
     def ready(self) -> list[str]:
-        """Workers that take requests: loaded, and not told to end."""
+        """Workers that take requests: loaded, and not signalled to end."""
         return [
             id_
             for id_, process in self.alive.items()
@@ -149,7 +149,7 @@ class World:
 
     def restart(self, *ids: str) -> None:
         self.desired = replace(self.desired, drained=self.desired.drained - set(ids))
-        chosen = ids or self.goal.wanted
+        chosen = ids or self.goal.desired_slots
         self.memory = rollout.begin(self.memory.reset(chosen), chosen)
 
     def roll_out(self, version: Version) -> None:
@@ -185,7 +185,7 @@ class World:
             self.observe(),
             now=self.now,
             load_timeout=LOAD_TIMEOUT,
-            silence=SILENCE,
+            liveness_timeout=SILENCE,
         )
         self.memory = decision.memory
         if decision.verdict:
@@ -196,8 +196,8 @@ class World:
             self.candidate = None
         for action in decision.actions:
             self.sent.append(action)
-            self._act(action, lost=self.chance.random() < self.lost)
-        self._check()
+            self._execute(action, lost=self.chance.random() < self.lost)
+        self._check_slot()
 
     def observe(self) -> dict[str, Observation]:
         for id_, process in list(self.alive.items()):
@@ -224,17 +224,17 @@ class World:
                 pid=process.pid,
                 started=started,
                 ready=process.ready_at <= self.now,
-                silent=self.now - self.frozen.get(id_, self.now),
+                unresponsive=self.now - self.frozen.get(id_, self.now),
             )
-        seen = Observation(
+        observation = Observation(
             started=started, exit_code=self.exits.get(id_), exit_reason="no such file"
         )
         # As the observer does, only a slot that may be started now is examined.
-        wanted = rollout.wanted(self.goal, self.candidate_goal, self.memory)
-        if id_ not in wanted or self.state(id_) != "stopped":
-            return seen
+        desired_slots = rollout.desired_slots(self.goal, self.candidate_goal, self.memory)
+        if id_ not in desired_slots or self.state(id_) != "stopped":
+            return observation
         return replace(
-            seen,
+            observation,
             clear=id_ not in self.unclear,
             taken_by=self.taken.get(id_, ""),
             no_room=self._no_room(id_),
@@ -255,7 +255,7 @@ class World:
         versions = [version for version in (self.candidate, self.current) if version]
         return next(version for version in versions if version.name == name)
 
-    def _act(self, action: Action, lost: bool) -> None:
+    def _execute(self, action: Action, lost: bool) -> None:
         process = self.alive.get(action.id)
         if process is not None and action.do != "start":
             process.asked_to_end = True
@@ -287,7 +287,7 @@ class World:
         self.started.append(id_)
         self.started_specs.append(record.spec)
 
-    def _check(self) -> None:
+    def _check_slot(self) -> None:
         loading = [
             id_
             for id_, p in self.alive.items()
@@ -302,7 +302,7 @@ def running(version: Version | None = None, **changes: object) -> World:
     world = World(version or Version(), **changes)  # type: ignore[arg-type]
     world.run(120)
     assert world.settled()
-    assert len(world.ready()) == len(world.goal.wanted)
+    assert len(world.ready()) == len(world.goal.desired_slots)
     world.fewest_ready = 99
     world.started.clear()
     world.started_specs.clear()

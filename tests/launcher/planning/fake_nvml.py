@@ -41,7 +41,7 @@ class Gpu:
     """None: MIG is off, or unknown to this GPU."""
     error: str = ""
     hidden: bool = False
-    """Its memory is not told: the caller may only use its slices."""
+    """Its memory is not readable: the caller may only use its slices."""
 
 
 class FakeNvml:

@@ -8,7 +8,7 @@ import pytest
 
 from launcher.config.sizes import GIB
 from launcher.config.sources import ConfigError
-from launcher.planning.devices import discover, imagined
+from launcher.planning.devices import discover, hypothetical_devices
 from launcher.planning.inventory import Host
 from launcher.planning.nvml import Driver
 from tests.launcher.planning.fake_nvml import FakeNvml, Gpu, Process
@@ -106,9 +106,9 @@ def test_the_budget_restricts_and_must_exist() -> None:
     assert ids(two(), None, ("1",)) == ["GPU-aabb-2"]
     assert ids(two(), None, ("cpu",)) == ["cpu"]
     assert ids(two(), "1", ("GPU-aabb",)) == ["GPU-aabb-2"]
-    with pytest.raises(ConfigError, match=r"budget.devices = '7'.*0 \(GPU-aaaa-1\)"):
+    with pytest.raises(ConfigError, match=r"budget.devices: no device '7'.*0 \(GPU-aaaa-1\)"):
         ids(two(), None, ("7",))
-    with pytest.raises(ConfigError, match="hidden"):
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES hides it"):
         ids(two(), "1", ("0",))
     with pytest.raises(ConfigError, match="one or the other"):
         ids(two(), None, ("0", "cpu"))
@@ -155,12 +155,12 @@ def test_free_memory_is_asked_again_each_time() -> None:
         assert driver.tenants("GPU-none") == ()
 
 
-def test_imagined_devices() -> None:
-    first, second = imagined(["24GiB", "8G"])
+def test_hypothetical_devices() -> None:
+    first, second = hypothetical_devices(["24GiB", "8G"])
     assert (first.id, first.total, second.free) == ("device0", 24 * GIB, 8 * GIB)
     for bad in ("huge", "0"):
         with pytest.raises(ConfigError, match=f"--device {bad}"):
-            imagined([bad])
+            hypothetical_devices([bad])
 
 
 def _has_gpu() -> bool:

@@ -27,9 +27,9 @@ from launcher.planning.host import read_host
 from launcher.planning.inventory import Device, Footprint, Host
 from launcher.planning.nvml import Driver
 from launcher.planning.plan import DoesNotFit
-from launcher.planning.sampling import CpuSampler, GpuSampler, Sampler, Usage, Watch, tree_pss
+from launcher.planning.sampling import CpuSampler, GpuSampler, MemoryWatch, Sampler, Usage, tree_pss
 from launcher.planning.sizing import build_plan, known_footprint, measure_footprint
-from launcher.supervision.measurement_worker import LoneWorker, free_port, lone_start
+from launcher.supervision.measurement_worker import MeasurementWorker, free_port, measurement_start
 from tests.launcher.planning.fake_nvml import FakeNvml, Gpu, Process
 from tests.waiting import until
 
@@ -65,14 +65,14 @@ http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 
 @pytest.fixture
-def starting(tmp_path: Path) -> Callable[[str], Callable[[], LoneWorker]]:
+def starting(tmp_path: Path) -> Callable[[str], Callable[[], MeasurementWorker]]:
     script = tmp_path / "server.py"
     script.write_text(SERVER)
 
-    def of(behaviour: str) -> Callable[[], LoneWorker]:
-        def start() -> LoneWorker:
+    def of(behaviour: str) -> Callable[[], MeasurementWorker]:
+        def start() -> MeasurementWorker:
             port = free_port()
-            return LoneWorker.start(
+            return MeasurementWorker.start(
                 [sys.executable, str(script), str(port), behaviour],
                 environment={"PYTHONUNBUFFERED": "1"},
                 folder=tmp_path,
@@ -87,7 +87,7 @@ def starting(tmp_path: Path) -> Callable[[str], Callable[[], LoneWorker]]:
 
 
 def on_cpu(
-    start: Callable[[], LoneWorker],
+    start: Callable[[], MeasurementWorker],
     requests: list[Probe],
     load_timeout: float = 60.0,
     request_timeout: float = 60.0,
@@ -104,7 +104,7 @@ def on_cpu(
 
 
 def test_the_longest_request_decides(
-    starting: Callable[[str], Callable[[], LoneWorker]],
+    starting: Callable[[str], Callable[[], MeasurementWorker]],
 ) -> None:
     small = on_cpu(starting("well"), [Probe("POST", "/x", b'{"mib": 1}')])
     large = on_cpu(starting("well"), [])  # the model's own: 80 MiB
@@ -118,12 +118,12 @@ def test_the_longest_request_decides(
 
 
 def test_children_count_and_do_not_outlive_it(
-    starting: Callable[[str], Callable[[], LoneWorker]],
+    starting: Callable[[str], Callable[[], MeasurementWorker]],
 ) -> None:
-    started: list[LoneWorker] = []
+    started: list[MeasurementWorker] = []
     family: list[psutil.Process] = []
 
-    def start() -> LoneWorker:
+    def start() -> MeasurementWorker:
         started.append(starting("parent")())
         return started[0]
 
@@ -145,20 +145,20 @@ def test_children_count_and_do_not_outlive_it(
     [
         ("breaks", {}, ["could not load", "no such weights: x.bin"]),
         ("never", {"load_timeout": 1.0}, ["not ready within 1 s", "load_timeout", "still loading"]),
-        ("refuses", {}, ["POST /big was answered 400: no such voice", "footprint.requests"]),
+        ("refuses", {}, ["POST /big returned 400: no such voice", "footprint.requests"]),
         ("dies", {}, ["POST /big failed", "exit code 9"]),
         ("well", {"request_timeout": 0.05}, ["took longer than 0.05 s", "request_timeout"]),
     ],
 )
 def test_what_goes_wrong_is_one_line_and_leaves_nothing(
-    starting: Callable[[str], Callable[[], LoneWorker]],
+    starting: Callable[[str], Callable[[], MeasurementWorker]],
     behaviour: str,
     deadlines: dict[str, float],
     words: list[str],
 ) -> None:
-    started: list[LoneWorker] = []
+    started: list[MeasurementWorker] = []
 
-    def start() -> LoneWorker:
+    def start() -> MeasurementWorker:
         started.append(starting(behaviour)())
         return started[0]
 
@@ -177,8 +177,8 @@ def test_what_goes_wrong_is_one_line_and_leaves_nothing(
 
 
 def test_a_command_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
-    def start() -> LoneWorker:
-        return LoneWorker.start(
+    def start() -> MeasurementWorker:
+        return MeasurementWorker.start(
             ["no-such-command-anywhere"],
             environment={},
             folder=tmp_path,
@@ -230,7 +230,7 @@ class GpuWorker:
     def exit_code(self) -> int | None:
         return None
 
-    def last_words(self) -> str:
+    def exit_reason(self) -> str:
         return ""
 
     def stop(self) -> None:
@@ -245,7 +245,7 @@ def on_gpu(**traits: Any) -> Any:
     gpu = Gpu("GPU-a", 24 * GIB, 20 * GIB)
     driver = Driver.open(FakeNvml(gpu))
     assert driver is not None
-    sampler = GpuSampler(driver, "GPU-a", patience=0.3)
+    sampler = GpuSampler(driver, "GPU-a", timeout=0.3)
     return measure(
         lambda: GpuWorker(gpu, **traits),
         sampler,
@@ -276,7 +276,7 @@ def measured_beside_others(
 ) -> tuple[Footprint, Footprint | None, list[str]]:
     """Measure on a fake GPU, one disturbance a measurement; what was found, what was kept, and
     what was said."""
-    monkeypatch.setattr(sampling, "PATIENCE", 0.3)
+    monkeypatch.setattr(sampling, "SETTLE_TIMEOUT", 0.3)
     tenants = [Process(1, 4 * GIB), Process(2, GIB)]
     gpu = Gpu("GPU-a", 24 * GIB, 15 * GIB, processes=tenants)
     monkeypatch.setattr(Driver, "open", lambda nvml=None: Driver(FakeNvml(gpu)))
@@ -319,7 +319,7 @@ def test_a_disturbed_measurement_is_repeated(
     found, kept, said = measured_beside_others(tmp_path, monkeypatch, [disturb, quiet])
     assert (found.steady, found.exact) == (5 * GIB, True)
     assert kept == found
-    assert "other processes moved memory of Card meanwhile: measuring again (2 of 3)" in said
+    assert "other processes changed the memory of Card; measuring again (2 of 3)" in said
 
 
 def test_a_guess_is_used_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +331,7 @@ def test_a_guess_is_used_and_not_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     assert kept is None
     card = Device("GPU-a", "Card", "gpu", 24 * GIB, 15 * GIB)
     planned = build_plan(settings_for(tmp_path, {"target": "hello:Hello"}), [card], Host(), found)
-    assert any("is a guess and is not kept" in warning for warning in planned.warnings)
+    assert any("is an estimate and is not stored" in warning for warning in planned.warnings)
     assert sum("measuring again" in line for line in said) == 2
 
 
@@ -341,7 +341,7 @@ def test_a_measurement_that_tells_nothing_is_not_blamed_on_the_model(
     small = {"takes": 2 * GIB, "starts_with": 2 * GIB}
     found, _, _ = measured_beside_others(tmp_path, monkeypatch, [leave, quiet], **small)
     assert (found.steady, found.exact) == (2 * GIB, True)
-    with pytest.raises(MeasureError, match="other processes gave back memory of Card"):
+    with pytest.raises(MeasureError, match="other processes freed memory of Card"):
         measured_beside_others(tmp_path / "again", monkeypatch, [leave] * 3, **small)
 
 
@@ -362,7 +362,7 @@ def test_a_gpu_that_stops_answering_is_one_line() -> None:
     with pytest.raises(MeasureError, match="GPU is lost"):
         measure(
             lambda: GpuWorker(gpu),
-            Falling(driver, "GPU-a", patience=0.1),
+            Falling(driver, "GPU-a", timeout=0.1),
             [Probe("GET", "/readyz")],
             load_timeout=30.0,
             request_timeout=30.0,
@@ -371,7 +371,7 @@ def test_a_gpu_that_stops_answering_is_one_line() -> None:
 
 def test_sampling_keeps_the_highest_of_each_phase() -> None:
     values = iter([3, 9, 4, 5, 2])
-    watch = Watch(lambda: Usage(next(values), 1))
+    watch = MemoryWatch(lambda: Usage(next(values), 1))
     watch.take()
     watch.take()
     watch.enter("serving")
@@ -415,12 +415,12 @@ def test_a_real_worker_is_measured_once_and_remembered(tmp_path: Path) -> None:
     assert known_footprint(settings, [device], state) is None
     lines: list[str] = []
     found = measure_footprint(
-        settings, [device], state, lone_start(settings, state), progress=lines.append
+        settings, [device], state, measurement_start(settings, state), progress=lines.append
     )
     assert found.steady > 60 * MIB
     assert found.requests == 3
     assert lines[0].startswith("measuring the footprint of one worker on CPU")
-    assert lines[1] == "starting one worker alone"
+    assert lines[1] == "starting one worker"
     assert known_footprint(settings, [device], state) == found
 
 
@@ -467,14 +467,18 @@ def test_a_command_that_is_not_there_is_named(tmp_path: Path) -> None:
     )
     state = StateDir(settings.state_dir)
     with pytest.raises(MeasureError, match="could not load: cannot run no-such-command-anywhere"):
-        measure_footprint(settings, [cpu_device(read_host())], state, lone_start(settings, state))
+        measure_footprint(
+            settings, [cpu_device(read_host())], state, measurement_start(settings, state)
+        )
 
 
 def test_a_worker_that_cannot_load_says_so(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, {"target": "nowhere:Nothing"})
     state = StateDir(settings.state_dir)
     with pytest.raises(MeasureError, match=r"could not load: .*nowhere"):
-        measure_footprint(settings, [cpu_device(read_host())], state, lone_start(settings, state))
+        measure_footprint(
+            settings, [cpu_device(read_host())], state, measurement_start(settings, state)
+        )
 
 
 def test_a_worker_that_the_kernel_ended_does_not_fit(
@@ -485,5 +489,9 @@ def test_a_worker_that_the_kernel_ended_does_not_fit(
     state = StateDir(settings.state_dir)
     counts = iter([2, 3])
     monkeypatch.setattr("launcher.planning.host.killed_for_memory", lambda: next(counts))
-    with pytest.raises(DoesNotFit, match=r"memory ran out; free some, or raise the memory limit"):
-        measure_footprint(settings, [cpu_device(read_host())], state, lone_start(settings, state))
+    with pytest.raises(
+        DoesNotFit, match=r"OOM killer ended it; free RAM, or raise the memory limit"
+    ):
+        measure_footprint(
+            settings, [cpu_device(read_host())], state, measurement_start(settings, state)
+        )

@@ -17,8 +17,8 @@ from launcher.planning.plan import (
     Limits,
     Plan,
     default_headroom,
+    devices_to_measure,
     fitting,
-    places_to_measure,
     plan,
 )
 
@@ -201,18 +201,18 @@ def test_measured_is_where_the_most_room_of_each_kind_is() -> None:
     alike = [replace(card, name="card") for card in gpus(5, 20, 9, total=24)]
     other = Device("GPU-8", "another", "gpu", 48 * GIB, 8 * GIB)
     full = Device("GPU-7", "a third", "gpu", 48 * GIB, 1 * GIB)
-    places = places_to_measure([broken, other, *alike, full], Limits())
+    places = devices_to_measure([broken, other, *alike, full], Limits())
     assert [place.id for place in places] == ["GPU-1", "GPU-8"], "the roomiest first"
     with pytest.raises(DoesNotFit, match=r"card 9: it is lost.*budget\.devices"):
-        places_to_measure([broken], Limits())
+        devices_to_measure([broken], Limits())
 
 
 def test_without_room_nothing_is_measured() -> None:
-    with pytest.raises(DoesNotFit, match=r"0 B usable of 1 GiB free, 1\.2 GiB headroom") as told:
-        places_to_measure(gpus(1, 0.5, total=24), Limits())
-    assert "card 1" in str(told.value)
-    assert "budget.headroom" in str(told.value)
-    assert len(places_to_measure(gpus(1, 0.5, total=24), Limits(headroom=0))) == 2
+    with pytest.raises(DoesNotFit, match=r"0 B usable of 1 GiB free, 1\.2 GiB headroom") as caught:
+        devices_to_measure(gpus(1, 0.5, total=24), Limits())
+    assert "card 1" in str(caught.value)
+    assert "budget.headroom" in str(caught.value)
+    assert len(devices_to_measure(gpus(1, 0.5, total=24), Limits(headroom=0))) == 2
 
 
 def test_a_device_with_a_problem_is_left_out_aloud() -> None:

@@ -20,7 +20,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 from launcher.planning import reservations
-reservations.PLACES = (Path(sys.argv[1]),)
+reservations.PARENTS = (Path(sys.argv[1]),)
 with reservations.locked():
     reservations.reserve(Path(sys.argv[2]), {"cpu": 5 << 30, "GPU-1": 7})
     print("reserved", flush=True)
@@ -36,7 +36,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o1777)
-    monkeypatch.setattr(reservations, "PLACES", (shared,))
+    monkeypatch.setattr(reservations, "PARENTS", (shared,))
     return shared
 
 
@@ -112,7 +112,7 @@ def test_the_lock_is_held_by_one_process(place: Path, tmp_path: Path) -> None:
             os.close(handle)
 
 
-def test_links_and_foreign_files_are_not_followed(place: Path, tmp_path: Path) -> None:
+def test_links_and_files_of_other_users_are_ignored(place: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text(json.dumps({"owner": {}, "devices": {"cpu": 1}}))
     reservations.reserve(tmp_path / "one", {"cpu": 3})
@@ -150,14 +150,14 @@ def test_a_place_that_is_not_fit_is_left_alone(
     shared.mkdir()
     shared.chmod(0o1777)
     link.symlink_to(shared)
-    monkeypatch.setattr(reservations, "PLACES", (tmp_path / "none", private, link))
+    monkeypatch.setattr(reservations, "PARENTS", (tmp_path / "none", private, link))
     with reservations.locked():
         reservations.reserve(tmp_path / "one", {"cpu": 1})
     assert reservations.others(tmp_path / "two") == {}
     assert "no directory for reservations" in caplog.text
     assert not any([*private.iterdir(), *shared.iterdir()])
     (shared / reservations.FOLDER).symlink_to(private)
-    monkeypatch.setattr(reservations, "PLACES", (shared,))
+    monkeypatch.setattr(reservations, "PARENTS", (shared,))
     reservations.reserve(tmp_path / "one", {"cpu": 1})
     assert not list(private.iterdir())
 

@@ -93,6 +93,6 @@ def test_where_no_file_can_be_made_supervisord_is_left_alone(
 ) -> None:
     shutil.rmtree(logs)
     logs.write_text("in the way")
-    with pytest.raises(StateError, match=r"supervisord\.log: a deleted log cannot be made"):
+    with pytest.raises(StateError, match=r"supervisord\.log: cannot recreate the deleted log"):
         reopen_missing_logs(logs, NAMES, supervisord.pid)
     assert supervisord.poll() is None

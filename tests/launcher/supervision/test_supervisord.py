@@ -84,11 +84,11 @@ def test_a_worker_gets_more_time_to_end_than_a_request_may_take(tmp_path: Path) 
             assert all(program.stopwaitsecs > 305 for program in group.process_configs)
 
 
-@pytest.mark.parametrize("foreign", [True, False])
-def test_only_foreign_servers_are_stopped_as_a_group(tmp_path: Path, foreign: bool) -> None:
-    options = parse(render(config(tmp_path, stop_whole_group=foreign)), tmp_path)
+@pytest.mark.parametrize("external", [True, False])
+def test_only_external_servers_are_stopped_as_a_group(tmp_path: Path, external: bool) -> None:
+    options = parse(render(config(tmp_path, stop_whole_group=external)), tmp_path)
     group = next(group for group in options.process_group_configs if group.name == "worker")
-    assert all(program.stopasgroup is foreign for program in group.process_configs)
+    assert all(program.stopasgroup is external for program in group.process_configs)
     assert all(program.killasgroup for program in group.process_configs)
 
 
@@ -138,7 +138,7 @@ def test_talking_to_a_real_supervisord(tmp_path: Path) -> None:
     (tmp_path / CONF).write_text(SIMPLE.format(socket=socket, folder=tmp_path))
     supervisor = Supervisor(socket)
     assert not supervisor.alive()
-    with pytest.raises(SupervisorError, match="does not answer"):
+    with pytest.raises(SupervisorError, match="does not respond"):
         supervisor.processes()
     process = subprocess.Popen(command(tmp_path), env=environment(tmp_path))
     try:

@@ -43,7 +43,7 @@ bytes = "1GiB"
 """
 
 
-def test_a_foreign_command_is_filled_in(tmp_path: Path) -> None:
+def test_placeholders_of_an_external_command_are_replaced(tmp_path: Path) -> None:
     given = settings(tmp_path, COMMAND)
     on_gpu = launch(given, GPU, id="w2", port=21002, spec=tmp_path, cache=tmp_path / "c")
     assert on_gpu.argv == (
@@ -54,7 +54,7 @@ def test_a_foreign_command_is_filled_in(tmp_path: Path) -> None:
     assert on_gpu.environment["NAME"] == "worker w2"
     assert on_gpu.environment["OMP_NUM_THREADS"] == "7", "the user's word is last"
     assert on_gpu.environment["MKL_NUM_THREADS"] == "3"
-    assert on_gpu.environment["ORT_DISABLE_TELEMETRY"] == "1", "nobody is told what a farm runs"
+    assert on_gpu.environment["ORT_DISABLE_TELEMETRY"] == "1", "no telemetry is sent"
     assert on_gpu.folder == str(tmp_path)
     on_cpu = launch(given, CPU, id="w2", port=1, spec=tmp_path, cache=tmp_path)
     assert on_cpu.environment["CUDA_VISIBLE_DEVICES"] == ""
@@ -193,7 +193,7 @@ def test_a_slot_becomes_its_worker(state: Path) -> None:
     assert folder == str(state)
     assert environment["GPUFARM_WORKER_ID"] == "w2"
     assert environment["GPUFARM_CACHE_DIR"] == str(state / "cache")
-    assert environment["GPUFARM_FARM"] == "/here", "by which orphans are known"
+    assert environment["GPUFARM_FARM"] == "/here", "leftovers are found by it"
 
 
 def test_a_slot_that_is_not_planned_is_3_and_one_line(state: Path) -> None:
