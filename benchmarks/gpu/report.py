@@ -10,8 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from workers.models.voice.gpu_proof.job import Row
-from workers.models.voice.gpu_proof.section import Outcome
+from benchmarks.gpu.job import Outcome, Row
 
 MIB = 1 << 20
 ONLY_CSV = ("requests", "memory")
@@ -93,7 +92,6 @@ def text(environment: dict[str, Any], outcomes: list[Outcome]) -> str:
     tables = by_table(outcomes)
     parts = ["  ".join(f"{name} {value}" for name, value in environment.items() if value)]
     for title, rows in (
-        ("Graph against eager, half against single precision", _fidelity(tables)),
         ("Speed of one decoder, batch 1 (medians)", _speed(tables)),
         ("Worker processes on one device, in a closed loop", _workers(tables)),
         ("Memory of a worker with the whole voice (MiB)", _footprint(tables)),
@@ -111,23 +109,6 @@ def columns(rows: list[dict[str, str]]) -> str:
     lines = ["  ".join(name.rjust(widths[name]) for name in names)]
     lines += ["  ".join(row[name].rjust(widths[name]) for name in names) for row in rows]
     return "\n".join(lines)
-
-
-def _fidelity(tables: dict[str, list[Row]]) -> list[dict[str, str]]:
-    return [
-        {
-            "compared": row["compared"],
-            "with": row["with"],
-            "temperature": f"{row['temperature']:g}",
-            "codes equal": f"{row['codes_equal']}/{row['codes']}" if "codes" in row else "",
-            "scores": str(row["scores"]),
-            "least cosine": f"{row['cosine_least']:.6f}",
-            "most apart": f"{row['difference_most']:.4g} of {row['score_most']:.4g}",
-            "alike if forced": f"{row['chosen_alike']}/{row['scores']}",
-            "holds": {True: "yes", False: "NO", None: ""}[row.get("held")],
-        }
-        for row in tables.get("fidelity", [])
-    ]
 
 
 def _speed(tables: dict[str, list[Row]]) -> list[dict[str, str]]:

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.gpu import meter, mps
+from benchmarks.gpu.job import ProofError
 from tests.launcher.planning.fake_nvml import FakeNvml, Gpu
-from workers.models.voice.gpu_proof import meter, mps
-from workers.models.voice.gpu_proof.job import ProofError
 
 GIB = 1 << 30
 CONTROL = """

@@ -1,6 +1,6 @@
 """Prove on one machine what is claimed of GPUs.
 
-    python -m workers.models.voice.gpu_proof --out DIR [--only SECTION …] [--device cpu --quick]
+    python -m benchmarks.gpu --out DIR [--only SECTION …] [--device cpu --quick]
 
 Exit codes: 0, all sections done; 1, one has failed; 2, there is no CUDA device, or a bad argument.
 """
@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
-from workers.models.voice.gpu_proof import mps, report
-from workers.models.voice.gpu_proof.job import Job, ProofError
-from workers.models.voice.gpu_proof.meter import Card, first_card
-from workers.models.voice.gpu_proof.section import Outcome, carry_out
+from benchmarks.gpu import mps, report
+from benchmarks.gpu.job import Job, Outcome, ProofError
+from benchmarks.gpu.meter import Card, first_card
+from benchmarks.gpu.section import carry_out
 from workers.models.voice.weights import DATA
 
 WHOLE = 540.0
@@ -47,7 +47,6 @@ class Section:
 
 
 SECTIONS = (
-    Section("fidelity", "fidelity", 70),
     Section("speed", "speed", 60),
     Section("bandwidth", "bandwidth", 40),
     Section("footprint", "footprint", 70),
@@ -104,7 +103,7 @@ def version(distribution: str) -> str | None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m workers.models.voice.gpu_proof", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="where results are written")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

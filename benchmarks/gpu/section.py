@@ -17,15 +17,13 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from workers.models.voice.gpu_proof import fidelity, footprint, scaling, speed
-from workers.models.voice.gpu_proof.job import Job, Row, Rows
+from benchmarks.gpu import footprint, scaling, speed
+from benchmarks.gpu.job import Job, Outcome, Rows
 
 KINDS: dict[str, Callable[[Job], Rows]] = {
-    "fidelity": fidelity.run,
     "speed": speed.decoding,
     "bandwidth": speed.copying,
     "footprint": footprint.run,
@@ -34,20 +32,6 @@ KINDS: dict[str, Callable[[Job], Rows]] = {
 PR_SET_PDEATHSIG = 1
 LEAVES_WITHIN = 15.0
 """Seconds that a section has, once its deadline has passed, to end its workers."""
-
-
-@dataclass
-class Outcome:
-    name: str
-    reason: str = ""
-    """Why it failed; empty where it did not."""
-    seconds: float = 0.0
-    deadline: float = 0.0
-    rows: list[Row] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        return not self.reason
 
 
 def carry_out(

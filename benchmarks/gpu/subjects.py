@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.job import Job
 from workers.models.voice import text as written
 from workers.models.voice.dual_ar import DualAR, DualARConfig
-from workers.models.voice.gpu_proof.job import Job
 from workers.models.voice.sampling import Sampling
 from workers.models.voice.speech import LONGEST_TEXT, Voice
 from workers.models.voice.weights import dtype_of, parameters

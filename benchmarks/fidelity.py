@@ -1,6 +1,6 @@
 """Do the demo voice's ways of computing agree: graph and eager, ONNX and torch, half and whole?
 
-python -m workers.models.voice.fidelity [--device cpu|cuda:0] [--json]
+python -m benchmarks.fidelity [--device cpu|cuda:0] [--json]
 
 Every comparison says over how many vectors it was made, the least and the mean cosine between
 them, and the largest difference of two values. The exit code is 1 when a least cosine is below
@@ -15,7 +15,7 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.gpu.report import columns
+from benchmarks.scores import (
+    Decoded,
+    RecordingDecoder,
+    compare,
+    decode,
+    joined,
+    whole_sentence,
+)
 from workers.engines.onnx_runtime import ProviderError
 from workers.model.contract import Work
 from workers.models.voice import text as written
 from workers.models.voice.codec_decoder import CodecDecoder
 from workers.models.voice.dual_ar import DualAR
-from workers.models.voice.gpu_proof.fidelity import Decoded, Probed, compare, decode
-from workers.models.voice.gpu_proof.report import columns
 from workers.models.voice.phones import SIGNS
 from workers.models.voice.sampling import Sampling
 from workers.models.voice.speech import Voice
@@ -48,6 +55,7 @@ NEAR = 0.999
 HALF = {"bfloat16": 0.998, "float16": 0.9999}
 """What half precision has to reach."""
 GREEDY = Sampling(temperature=0.0)
+WARM = Sampling(temperature=0.8)
 
 
 @dataclass(frozen=True)
@@ -66,11 +74,16 @@ class Row:
     required: float = 0.0
     """The least cosine has to reach this."""
     skipped: str = ""
+    codes: int = 0
+    """Codes that two decoders chose, each following its own choices; all have to be equal."""
+    codes_equal: int = 0
 
     @property
     def holds(self) -> bool:
         return bool(self.skipped) or (
-            self.cosine_least is not None and self.cosine_least >= self.required
+            self.cosine_least is not None
+            and self.cosine_least >= self.required
+            and self.codes_equal == self.codes
         )
 
 
@@ -95,35 +108,20 @@ class TorchCodec:
         return [self.network(torch.from_numpy(codes), torch.from_numpy(excitation)).numpy()]
 
 
-@torch.no_grad()
-def whole_sentence(model: DualAR, conditions: Tensor, codes: Tensor) -> Tensor:
-    """The scores of all frames at once, as in training, each given the codes before it.
-
-    (frames, dim) and (frames, num_codebooks) -> (frames, num_codebooks, codebook_size).
-    """
-    known = functional.pad(model.embed_codes(codes[:-1]), (0, 0, 1, 0))
-    hidden = model.slow((conditions + known).unsqueeze(0))[0]
-    return torch.cat([model.output(hidden).unsqueeze(1), model.fast(hidden, codes)], dim=1)
-
-
-def probed(model: DualAR, device: torch.device, dtype: str, captured: bool = False) -> Probed:
-    """A decoder over a copy of ``model``; ``captured`` into graphs where the device has them."""
-    found = Probed(copy.deepcopy(model), device, dtype_of(dtype))
+def decoder_of(
+    model: DualAR, device: torch.device, dtype: str, captured: bool = False
+) -> RecordingDecoder:
+    """Make a decoder over a copy of ``model``, ``captured`` into graphs if the device has them."""
+    decoder = RecordingDecoder(copy.deepcopy(model), device, dtype_of(dtype))
     if captured:
-        found.warm_up()
-    return found
-
-
-def decoded(decoder: Probed, conditions: Tensor, codes: Tensor | None = None) -> Decoded:
-    """Greedily, with ``codes`` before each frame if given; later sentences do not overwrite it."""
-    found = decode(decoder, conditions, GREEDY, codes)
-    return Decoded(found.scores.clone(), found.codes)
+        decoder.warm_up()
+    return decoder
 
 
 def speak(voice: Voice, sentences: tuple[str, ...] = SENTENCES) -> list[Spoken]:
     """``voice`` has to be one in single precision."""
     model, spoken = voice.weights.dual_ar, []
-    reference = probed(model, voice.device, "float32")
+    reference = decoder_of(model, voice.device, "float32")
     for sentence in written.sentences(" ".join(sentences), voice.spell):
         conditions = voice._conditions(sentence, 1.0)
         spoken.append(
@@ -131,21 +129,22 @@ def speak(voice: Voice, sentences: tuple[str, ...] = SENTENCES) -> list[Spoken]:
                 torch.tensor([[phone.symbol for phone in sentence.phones]], device=voice.device),
                 torch.tensor([SIGNS.index(sentence.sign)], device=voice.device),
                 conditions,
-                decoded(reference, conditions),
+                decode(reference, conditions, GREEDY),
             )
         )
     return spoken
 
 
-def joined(parts: list[Decoded]) -> Decoded:
-    return Decoded(torch.cat([p.scores for p in parts]), torch.cat([p.codes for p in parts]))
-
-
-def again(decoder: Probed, spoken: list[Spoken]) -> Decoded:
-    """Every sentence with the reference's codes before each frame."""
-    dtype, device = decoder.dtype, decoder.device
+def forced(
+    decoder: RecordingDecoder,
+    conditions: list[Tensor],
+    codes: list[Tensor],
+    sampling: Sampling = GREEDY,
+) -> Decoded:
+    """Decode every sentence with its ``codes`` as the context of each frame."""
+    pairs = zip(conditions, codes, strict=True)
     return joined(
-        [decoded(decoder, s.conditions.to(dtype), s.decoded.codes.to(device)) for s in spoken]
+        [decode(decoder, c.to(decoder.dtype), sampling, k.to(decoder.device)) for c, k in pairs]
     )
 
 
@@ -155,10 +154,10 @@ def of_scores(compared: str, against: str, one: Decoded, other: Decoded, require
         compared,
         against,
         "scores of a codebook",
-        found["scores"],
-        found["cosine_least"],
-        found["cosine_mean"],
-        found["difference_most"],
+        found.scores,
+        found.cosine_least,
+        found.cosine_mean,
+        found.difference_most,
         required,
     )
 
@@ -179,18 +178,40 @@ def of_vectors(
     )
 
 
+def graph_against_eager(
+    model: DualAR, device: torch.device, dtype: str, conditions: list[Tensor]
+) -> Iterator[Row]:
+    """Compare captured and eager decoding of (frames, dim) each, greedy and sampled.
+
+    Codes are compared where each decoder follows its own choices, scores where both get the
+    codes of the eager one.
+    """
+    graph, eager = (decoder_of(model, device, dtype, captured) for captured in (True, False))
+    for sampling in (GREEDY, WARM):
+        free = [
+            [decode(decoder, c.to(decoder.dtype), sampling).codes for c in conditions]
+            for decoder in (graph, eager)
+        ]
+        scores = [forced(decoder, conditions, free[1], sampling) for decoder in (graph, eager)]
+        names = [
+            f"{kind} {dtype} at temperature {sampling.temperature:g}"
+            for kind in (graph.engine.kind, "eager")
+        ]
+        equal = torch.cat(free[0]) == torch.cat(free[1])
+        yield replace(
+            of_scores(names[0], names[1], scores[0], scores[1], SAME),
+            codes=equal.numel(),
+            codes_equal=int(equal.sum()),
+        )
+
+
 def graphs(voice: Voice, spoken: list[Spoken]) -> Iterator[Row]:
     if voice.device.type != "cuda":
         yield Row("graph", "eager", "scores of a codebook", skipped="no graphs on a CPU")
         return
+    conditions = [s.conditions for s in spoken]
     for dtype in ("float32", "bfloat16"):
-        decoders = [
-            probed(voice.weights.dual_ar, voice.device, dtype, captured)
-            for captured in (True, False)
-        ]
-        found = [again(decoder, spoken) for decoder in decoders]
-        kind = decoders[0].engine.kind
-        yield of_scores(f"{kind} {dtype}", f"eager {dtype}", found[0], found[1], SAME)
+        yield from graph_against_eager(voice.weights.dual_ar, voice.device, dtype, conditions)
 
 
 def steps(voice: Voice, spoken: list[Spoken]) -> Iterator[Row]:
@@ -205,10 +226,11 @@ def steps(voice: Voice, spoken: list[Spoken]) -> Iterator[Row]:
 def halves(voice: Voice, spoken: list[Spoken]) -> Iterator[Row]:
     model = voice.weights.dual_ar
     reference = joined([s.decoded for s in spoken])
+    conditions, codes = [s.conditions for s in spoken], [s.decoded.codes for s in spoken]
     for dtype, required in HALF.items():
-        decoder = probed(model, voice.device, dtype)
+        decoder = decoder_of(model, voice.device, dtype)
         names = (f"eager {dtype}", "eager float32")
-        yield of_scores(*names, again(decoder, spoken), reference, required)
+        yield of_scores(*names, forced(decoder, conditions, codes), reference, required)
         phones = [
             [phone for s in spoken for phone in reader.read(s.symbols, s.sign)[0].detach().float()]
             for reader in (decoder.model, model)
@@ -286,6 +308,7 @@ def table(rows: list[Row]) -> str:
                 "least cosine": number(row.cosine_least, ".6f"),
                 "mean cosine": number(row.cosine_mean, ".6f"),
                 "largest difference": number(row.difference_most, ".3g"),
+                "codes equal": f"{row.codes_equal}/{row.codes}" if row.codes else "",
                 "required": "" if row.skipped else f"{row.required:g}",
                 "holds": row.skipped or ("yes" if row.holds else "NO"),
             }
@@ -296,7 +319,7 @@ def table(rows: list[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m workers.models.voice.fidelity", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.fidelity", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
     parser.add_argument("--weights", type=Path, default=DATA, help="the voice's folder")

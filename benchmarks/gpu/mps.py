@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from workers.models.voice.gpu_proof.job import ProofError
+from benchmarks.gpu.job import ProofError
 
 CONTROL = "nvidia-cuda-mps-control"
 ANSWERS_WITHIN = 20.0

@@ -1,6 +1,6 @@
 """One worker process of the proof: a line of JSON on stdin is an order, one on stdout its answer.
 
-    python -m workers.models.voice.gpu_proof.worker KIND JOB
+    python -m benchmarks.gpu.worker KIND JOB
 
 KIND is a model of ``subjects.load``, decoded in a closed loop, or ``speech``: the whole voice.
 It ends when its stdin does.
@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu import subjects
+from benchmarks.gpu.job import Job
+from benchmarks.gpu.subjects import GREEDY
 from workers.model.contract import SpeechRequest, Work
 from workers.models.voice.decoding import FrameDecoder
-from workers.models.voice.gpu_proof import subjects
-from workers.models.voice.gpu_proof.job import Job
-from workers.models.voice.gpu_proof.subjects import GREEDY
 from workers.models.voice.speech import LONGEST_TEXT
 
 REQUEST_FRAMES = {"voice": 80, "large": 32}

@@ -12,21 +12,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from workers.models.voice.gpu_proof.job import Job, ProofError
+from benchmarks.gpu.job import Job, ProofError
 
 READY_WITHIN = 60.0
 ANSWER_WITHIN = 30.0
 
 
 class WorkerProcess:
-    """``python -m workers.models.voice.gpu_proof.worker`` at the other end of two pipes."""
+    """``python -m benchmarks.gpu.worker`` at the other end of two pipes."""
 
     def __init__(self, name: str, kind: str, job: Job) -> None:
         self.name = name
         self._log = job.log(name)
         self._text = b""
         self.told: dict[str, Any] = {}
-        module = "workers.models.voice.gpu_proof.worker"
+        module = "benchmarks.gpu.worker"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, kind, job.to_json()],

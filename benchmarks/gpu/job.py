@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +74,17 @@ class Job:
     def from_json(cls, text: str) -> Job:
         values = json.loads(text)
         return cls(**{**values, "models": tuple(values["models"])})
+
+
+@dataclass
+class Outcome:
+    name: str
+    reason: str = ""
+    """Why it failed; empty where it did not."""
+    seconds: float = 0.0
+    deadline: float = 0.0
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.reason

@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from workers.models.voice.gpu_proof import mps
-from workers.models.voice.gpu_proof.crew import Crew, crew
-from workers.models.voice.gpu_proof.job import GIB, Job, Row, Rows
-from workers.models.voice.gpu_proof.meter import Meter, meter_of
+from benchmarks.gpu import mps
+from benchmarks.gpu.job import GIB, Job, Row, Rows
+from benchmarks.gpu.meter import Meter, meter_of
+from benchmarks.gpu.pool import Crew, crew
 
 AHEAD = 0.2
 """Seconds between the order to begin and the beginning, so that all begin together."""

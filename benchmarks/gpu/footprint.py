@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from workers.models.voice.gpu_proof.crew import Crew, crew
-from workers.models.voice.gpu_proof.job import Job, ProofError, Row, Rows
-from workers.models.voice.gpu_proof.meter import Meter, meter_of
+from benchmarks.gpu.job import Job, ProofError, Row, Rows
+from benchmarks.gpu.meter import Meter, meter_of
+from benchmarks.gpu.pool import Crew, crew
 
 INTERVAL = 0.05  # seconds: 20 Hz
 

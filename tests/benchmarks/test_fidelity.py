@@ -18,11 +18,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from benchmarks import fidelity
+from benchmarks.fidelity import SAME, Row, Spoken, codec_in_torch
+from benchmarks.scores import Decoded, compare, decode, joined
 from tests.repository import REPOSITORY
 from tests.workers.voice.tiny_voice import one_thread, tiny_conditions, tiny_model
-from workers.models.voice import fidelity
-from workers.models.voice.fidelity import SAME, Row, Spoken, codec_in_torch
-from workers.models.voice.gpu_proof.fidelity import Decoded
 from workers.models.voice.speech import Voice
 from workers.models.voice.weights import DATA, FILES
 
@@ -40,7 +40,7 @@ def narrow() -> Iterator[None]:
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "workers.models.voice.fidelity", *arguments],
+        [sys.executable, "-W", "error", "-m", "benchmarks.fidelity", *arguments],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -73,10 +73,10 @@ def test_a_cpu_is_measured() -> None:
 
 def spoken_of(seed: int = 0, frames: int = 24) -> list[Spoken]:
     """Two sentences as a tiny model decodes them."""
-    decoder = fidelity.probed(tiny_model(seed), CPU, "float32")
+    decoder = fidelity.decoder_of(tiny_model(seed), CPU, "float32")
     conditions = [tiny_conditions(frames, seed=number) for number in (1, 2)]
     symbols, sign = torch.tensor([[3, 5, 7]]), torch.tensor([0])
-    return [Spoken(symbols, sign, c, fidelity.decoded(decoder, c)) for c in conditions]
+    return [Spoken(symbols, sign, c, decode(decoder, c, fidelity.GREEDY)) for c in conditions]
 
 
 class Speaker:
@@ -109,6 +109,34 @@ def test_a_small_change_is_noticed() -> None:
     assert not row.holds
 
 
+def test_captured_and_eager_decoding_are_compared_greedy_and_sampled() -> None:
+    conditions = [tiny_conditions(24, seed=number) for number in (1, 2)]
+    rows = list(fidelity.graph_against_eager(tiny_model(), CPU, "float32", conditions))
+    assert [row.against for row in rows] == [
+        "eager float32 at temperature 0",
+        "eager float32 at temperature 0.8",
+    ]
+    for row in rows:
+        assert row.holds
+        assert row.codes_equal == row.codes == 2 * 24 * 5
+        assert row.n == row.codes
+
+
+def test_a_code_that_differs_does_not_hold() -> None:
+    row = Row("a", "b", "scores", 12, 1.0, 1.0, 0.0, SAME, codes=12, codes_equal=11)
+    assert not row.holds
+    assert "11/12" in fidelity.table([row])
+
+
+def test_scores_are_compared_up_to_the_first_code_that_differs() -> None:
+    decoded = spoken_of()[0].decoded
+    codes = decoded.codes.clone()
+    codes[3, 1] += 1
+    difference = compare(decoded, Decoded(decoded.scores, codes))
+    assert difference.scores == 24 * 5 - 3
+    assert difference.difference_most == 0
+
+
 def test_half_precision_is_near() -> None:
     rows = list(fidelity.halves(Speaker(), spoken_of()))  # type: ignore[arg-type]
     assert [row.compared for row in rows] == ["eager bfloat16"] * 2 + ["eager float16"] * 2
@@ -131,7 +159,8 @@ def test_the_model_that_is_compared_stays_as_it_was() -> None:
 def test_what_is_compared_is_not_overwritten_by_the_next_sentence() -> None:
     first, second = spoken_of()
     assert not torch.equal(first.decoded.scores, second.decoded.scores)
-    alone = fidelity.decoded(fidelity.probed(tiny_model(), CPU, "float32"), first.conditions)
+    decoder = fidelity.decoder_of(tiny_model(), CPU, "float32")
+    alone = decode(decoder, first.conditions, fidelity.GREEDY)
     assert torch.equal(first.decoded.scores, alone.scores)
 
 
@@ -243,21 +272,9 @@ def test_a_device_that_there_is_not_is_one_line(
     assert "CUDA" in line or device in line
 
 
-@pytest.mark.gpu
-@shipped
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_is_measured() -> None:
-    done = command("--weights", str(FOLDER), "--device", "cuda:0", "--json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(done.stdout)["rows"]
-    graphs = [row for row in rows if row["compared"].startswith("cuda-graph")]
-    assert [row["against"] for row in graphs] == ["eager float32", "eager bfloat16"]
-    assert not any(row["skipped"] for row in graphs)
-
-
 def test_joining_keeps_every_frame() -> None:
     parts = [s.decoded for s in spoken_of(frames=6)]
-    complete = fidelity.joined(parts)
+    complete = joined(parts)
     assert isinstance(complete, Decoded)
     assert torch.equal(complete.codes[6:], parts[1].codes)
     assert torch.equal(complete.scores[:6], parts[0].scores)

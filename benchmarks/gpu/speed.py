@@ -6,11 +6,11 @@ import time
 
 import torch
 
+from benchmarks.gpu import subjects
+from benchmarks.gpu.job import GIB, Job, ProofError, Rows
+from benchmarks.gpu.subjects import GREEDY, Subject
 from workers.model.contract import Work
 from workers.models.voice.decoding import FrameDecoder
-from workers.models.voice.gpu_proof import subjects
-from workers.models.voice.gpu_proof.job import GIB, Job, ProofError, Rows
-from workers.models.voice.gpu_proof.subjects import GREEDY, Subject
 
 
 def settle(device: str) -> None:
