@@ -1,10 +1,10 @@
-"""Do the demo voice's ways of computing agree: graph and eager, ONNX and torch, half and whole?
+"""Compare the demo voice's ways of computing: graph and eager, ONNX and torch, half and single.
 
 python -m benchmarks.fidelity [--device cpu|cuda:0] [--json]
 
-Every comparison says over how many vectors it was made, the least and the mean cosine between
-them, and the largest difference of two values. The exit code is 1 when a least cosine is below
-what that comparison has to reach.
+Each comparison reports its number of vectors, the least and the mean cosine between them, and the
+largest difference of two values. The exit code is 1 when a least cosine is below the one that the
+comparison requires, or when a graph chose another code than eager execution.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from benchmarks.scores import (
 )
 from workers.engines.onnx_runtime import ProviderError
 from workers.model.contract import Work
-from workers.models.voice import text as written
+from workers.models.voice import text
 from workers.models.voice.codec_decoder import CodecDecoder
 from workers.models.voice.dual_ar import DualAR
 from workers.models.voice.phones import SIGNS
@@ -48,31 +48,31 @@ SENTENCES = (
     "Would you rather walk to the station, or wait here until the rain is over?",
     "She sold nine hundred and forty two boxes of apples before the end of the summer!",
 )
-SAME = 0.9999
-"""What the same arithmetic in another order has to reach."""
-NEAR = 0.999
-"""What another library's kernels have to reach, over samples."""
+REORDERED = 0.9999
+"""Least cosine for the same arithmetic in another order."""
+OTHER_KERNELS = 0.999
+"""Least cosine for another library's kernels, over samples."""
 HALF = {"bfloat16": 0.998, "float16": 0.9999}
-"""What half precision has to reach."""
+"""Least cosine for half precision."""
 GREEDY = Sampling(temperature=0.0)
 WARM = Sampling(temperature=0.8)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison, or why there is none."""
+    """One comparison, or the reason why it was skipped."""
 
     compared: str
     against: str
     of: str
-    """What a vector holds."""
+    """Contents of a vector."""
     n: int = 0
-    """Vectors."""
+    """Number of vectors."""
     cosine_least: float | None = None
     cosine_mean: float | None = None
     difference_most: float | None = None
     required: float = 0.0
-    """The least cosine has to reach this."""
+    """Lower bound of the least cosine."""
     skipped: str = ""
     codes: int = 0
     """Codes that two decoders chose, each following its own choices; all have to be equal."""
@@ -88,8 +88,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Spoken:
-    """A sentence as the reference decodes it: in single precision, step by step, eagerly."""
+class Reference:
+    """A sentence decoded in single precision, step by step, eagerly."""
 
     symbols: Tensor  # (1, phones)
     sign: Tensor  # (1,)
@@ -118,21 +118,21 @@ def decoder_of(
     return decoder
 
 
-def speak(voice: Voice, sentences: tuple[str, ...] = SENTENCES) -> list[Spoken]:
-    """``voice`` has to be one in single precision."""
-    model, spoken = voice.weights.dual_ar, []
+def decode_references(voice: Voice, sentences: tuple[str, ...] = SENTENCES) -> list[Reference]:
+    """Decode the sentences as references; ``voice`` must be in single precision."""
+    model, references = voice.weights.dual_ar, []
     reference = decoder_of(model, voice.device, "float32")
-    for sentence in written.sentences(" ".join(sentences), voice.spell):
+    for sentence in text.sentences(" ".join(sentences), voice.spell):
         conditions = voice._conditions(sentence, 1.0)
-        spoken.append(
-            Spoken(
+        references.append(
+            Reference(
                 torch.tensor([[phone.symbol for phone in sentence.phones]], device=voice.device),
                 torch.tensor([SIGNS.index(sentence.sign)], device=voice.device),
                 conditions,
                 decode(reference, conditions, GREEDY),
             )
         )
-    return spoken
+    return references
 
 
 def forced(
@@ -148,7 +148,9 @@ def forced(
     )
 
 
-def of_scores(compared: str, against: str, one: Decoded, other: Decoded, required: float) -> Row:
+def compare_scores(
+    compared: str, against: str, one: Decoded, other: Decoded, required: float
+) -> Row:
     found = compare(one, other)
     return Row(
         compared,
@@ -162,10 +164,10 @@ def of_scores(compared: str, against: str, one: Decoded, other: Decoded, require
     )
 
 
-def of_vectors(
+def compare_vectors(
     names: tuple[str, str, str], one: list[Tensor], other: list[Tensor], required: float
 ) -> Row:
-    """``names``: what is compared, with what, and what a vector holds."""
+    """Compare vectors pairwise; ``names``: compared, against and contents of a vector."""
     pairs = list(zip(one, other, strict=True))
     cosine = torch.stack([functional.cosine_similarity(a, b, dim=0) for a, b in pairs])
     return Row(
@@ -199,52 +201,56 @@ def graph_against_eager(
         ]
         equal = torch.cat(free[0]) == torch.cat(free[1])
         yield replace(
-            of_scores(names[0], names[1], scores[0], scores[1], SAME),
+            compare_scores(names[0], names[1], scores[0], scores[1], REORDERED),
             codes=equal.numel(),
             codes_equal=int(equal.sum()),
         )
 
 
-def graphs(voice: Voice, spoken: list[Spoken]) -> Iterator[Row]:
+def graphs(voice: Voice, references: list[Reference]) -> Iterator[Row]:
     if voice.device.type != "cuda":
         yield Row("graph", "eager", "scores of a codebook", skipped="no graphs on a CPU")
         return
-    conditions = [s.conditions for s in spoken]
+    conditions = [s.conditions for s in references]
     for dtype in ("float32", "bfloat16"):
         yield from graph_against_eager(voice.weights.dual_ar, voice.device, dtype, conditions)
 
 
-def steps(voice: Voice, spoken: list[Spoken]) -> Iterator[Row]:
-    model, whole = voice.weights.dual_ar, []
-    for s in spoken:
+def steps(voice: Voice, references: list[Reference]) -> Iterator[Row]:
+    model, complete = voice.weights.dual_ar, []
+    for s in references:
         scores = whole_sentence(model, s.conditions, s.decoded.codes.to(voice.device)).cpu()
-        whole.append(Decoded(scores, scores.argmax(-1)))
-    stepped = joined([s.decoded for s in spoken])
-    yield of_scores("step by step", "whole sentence", stepped, joined(whole), SAME)
+        complete.append(Decoded(scores, scores.argmax(-1)))
+    stepped = joined([s.decoded for s in references])
+    yield compare_scores("step by step", "whole sentence", stepped, joined(complete), REORDERED)
 
 
-def halves(voice: Voice, spoken: list[Spoken]) -> Iterator[Row]:
+def halves(voice: Voice, references: list[Reference]) -> Iterator[Row]:
     model = voice.weights.dual_ar
-    reference = joined([s.decoded for s in spoken])
-    conditions, codes = [s.conditions for s in spoken], [s.decoded.codes for s in spoken]
+    reference = joined([s.decoded for s in references])
+    conditions, codes = [s.conditions for s in references], [s.decoded.codes for s in references]
     for dtype, required in HALF.items():
         decoder = decoder_of(model, voice.device, dtype)
         names = (f"eager {dtype}", "eager float32")
-        yield of_scores(*names, forced(decoder, conditions, codes), reference, required)
+        yield compare_scores(*names, forced(decoder, conditions, codes), reference, required)
         phones = [
-            [phone for s in spoken for phone in reader.read(s.symbols, s.sign)[0].detach().float()]
+            [
+                phone
+                for s in references
+                for phone in reader.read(s.symbols, s.sign)[0].detach().float()
+            ]
             for reader in (decoder.model, model)
         ]
-        yield of_vectors((*names, "a phone as it is read"), phones[0], phones[1], required)
+        yield compare_vectors((*names, "a phone as it is read"), phones[0], phones[1], required)
 
 
 def codec_in_torch(path: Path) -> CodecDecoder:
     """The network that ``path`` was exported from, rebuilt from the graph's constants.
 
-    Raises LookupError where the constants do not tell, or the ``onnx`` package is missing.
+    Raises LookupError if a constant or the ``onnx`` package is missing.
     """
     try:
-        # Not a dependency of workers: only this comparison reads a graph's constants.
+        # Optional: only this comparison reads a graph's constants.
         onnx: Any = importlib.import_module("onnx")
     except ModuleNotFoundError:
         raise LookupError("the onnx package is not installed") from None
@@ -257,7 +263,7 @@ def codec_in_torch(path: Path) -> CodecDecoder:
         blocks = sum(name.endswith("near.weight") for name in constants)
         width = constants["enter.weight"].shape[0]
         network = CodecDecoder(books // size + 1, size, width, blocks)
-        # The scale of the pitch is no part of the graph: what it makes is an input.
+        # The graph holds no scale of the pitch: the excitation made with it is an input.
         state = {"pitch_stats": network.pitch_stats}
         state |= {name: constants[name] for name in network.state_dict().keys() - state.keys()}
     except KeyError as missing:
@@ -266,7 +272,7 @@ def codec_in_torch(path: Path) -> CodecDecoder:
     return network
 
 
-def codecs(voice: Voice, spoken: list[Spoken]) -> Iterator[Row]:
+def codecs(voice: Voice, references: list[Reference]) -> Iterator[Row]:
     engine = voice.codec
     names = (f"ONNX on {engine.provider}", "torch on cpu", "a chunk of samples")
     try:
@@ -274,24 +280,24 @@ def codecs(voice: Voice, spoken: list[Spoken]) -> Iterator[Row]:
     except LookupError as reason:
         yield Row(*names, skipped=str(reason))
         return
-    heard: list[list[Tensor]] = []
+    chunks_of: list[list[Tensor]] = []
     for codec in (engine, TorchCodec(network)):
         voice.codec = codec  # type: ignore[assignment]
         chunks = [
             torch.from_numpy(chunk)
-            for seed, s in enumerate(spoken)
+            for seed, s in enumerate(references)
             for chunk in voice.samples(iter([s.decoded.codes]), len(s.decoded.codes), seed, Work())
         ]
-        heard.append(chunks)
+        chunks_of.append(chunks)
     voice.codec = engine
-    yield of_vectors(names, heard[0], heard[1], NEAR)
+    yield compare_vectors(names, chunks_of[0], chunks_of[1], OTHER_KERNELS)
 
 
 def measure(voice: Voice) -> Iterator[Row]:
-    """``voice``: set up, in single precision."""
-    spoken = speak(voice)
+    """Run all comparisons; ``voice`` must be set up in single precision."""
+    references = decode_references(voice)
     for part in (graphs, steps, codecs, halves):
-        yield from part(voice, spoken)
+        yield from part(voice, references)
 
 
 def table(rows: list[Row]) -> str:
@@ -323,7 +329,7 @@ def main() -> int:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
     parser.add_argument("--weights", type=Path, default=DATA, help="the voice's folder")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
     torch.set_num_threads(1)  # as workers run
     voice = Voice(weights=str(args.weights), dtype="float32", require="any")
