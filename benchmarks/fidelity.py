@@ -122,7 +122,7 @@ def decode_references(voice: Voice, sentences: tuple[str, ...] = SENTENCES) -> l
     """Decode the sentences as references; ``voice`` must be in single precision."""
     model, references = voice.weights.dual_ar, []
     reference = decoder_of(model, voice.device, "float32")
-    for sentence in text.sentences(" ".join(sentences), voice.spell):
+    for sentence in text.sentences(" ".join(sentences), voice.g2p):
         conditions = voice._conditions(sentence, 1.0)
         references.append(
             Reference(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.job import Job
-from workers.models.voice import text as written
+from workers.models.voice import text
 from workers.models.voice.dual_ar import DualAR, DualARConfig
 from workers.models.voice.sampling import Sampling
 from workers.models.voice.speech import LONGEST_TEXT, Voice
@@ -69,7 +69,7 @@ def load(job: Job, name: str, frames: int, dtype: str | None = None) -> Subject:
             torch.cuda.empty_cache()  # it was created in single precision
         return Subject(name, network, conditions, dtype_of(named), "random")
     voice = load_voice(job, named)
-    (first, *_) = written.sentences(LONGEST_TEXT, voice.spell)
+    (first, *_) = text.sentences(LONGEST_TEXT, voice.g2p)
     spoken = voice._conditions(first, 1.0)
     repeated = torch.arange(frames, device=spoken.device) % len(spoken)
     return Subject(

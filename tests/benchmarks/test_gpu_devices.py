@@ -49,7 +49,7 @@ def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     server.write_text(f"#!{sys.executable}\nimport sys, time\ntime.sleep(float(sys.argv[1]))\n")
     server.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(mps, "STOPS_WITHIN", 1.0)
+    monkeypatch.setattr(mps, "STOP_TIMEOUT", 1.0)
     return tmp_path
 
 
