@@ -18,6 +18,7 @@ from tests.repository import REPOSITORY
 
 MAY_IMPORT = {
     "balancer": set(),
+    "benchmarks": {"workers"},
     "launcher": {"balancer"},
     "loadtest": set(),
     "training": {"workers"},
@@ -194,6 +195,7 @@ def undeclared(packages: tuple[str, ...], extras: tuple[str, ...]) -> dict[str, 
         (("launcher", "balancer"), ("",)),
         (("workers",), ("", "torch", "onnx")),
         (("loadtest",), ("", "loadtest")),
+        (("benchmarks",), ("", "torch", "onnx", "training")),
         (("training",), ("", "torch", "onnx", "training")),
         (("tests",), ("", "torch", "onnx", "loadtest", "dev")),
     ],

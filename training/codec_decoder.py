@@ -27,9 +27,9 @@ MARGIN = 4  # frames at each end that the loss does not see
 
 
 def load_codec(folder: Path) -> CodecDecoder:
-    """A fresh decoder with the quantiser's codebooks in it."""
+    """Make an untrained decoder with the quantiser's codebooks."""
     decoder = CodecDecoder()
-    quantiser = load_file(recipe.made(folder, "quantiser.safetensors"))
+    quantiser = load_file(recipe.input_file(folder, "quantiser.safetensors"))
     quantiser["mel_books"] = quantiser["mel_books"].flatten(0, 1)
     _, unexpected = decoder.load_state_dict(quantiser, strict=False)
     assert not unexpected, unexpected
@@ -37,12 +37,12 @@ def load_codec(folder: Path) -> CodecDecoder:
 
 
 class Segments:
-    """Random segments of the corpus: codes, and the spectrogram that they were made from."""
+    """Random segments of the corpus: codes and their original spectrogram."""
 
     def __init__(self, folder: Path, decoder: CodecDecoder, seed: int) -> None:
-        with np.load(recipe.made(folder, "codes.npz")) as data:
+        with np.load(recipe.input_file(folder, "codes.npz")) as data:
             self.codes, counts = torch.from_numpy(data["codes"]).long(), data["counts"]
-        with np.load(recipe.made(folder, "features.npz")) as data:
+        with np.load(recipe.input_file(folder, "features.npz")) as data:
             self.mel = torch.from_numpy(data["mel"])
             lengths = [line["steps"] for line in json.loads(str(data["lines"]))]
         self.first_frame = np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -95,7 +95,7 @@ def train(args: argparse.Namespace) -> None:
 def export(folder: Path) -> None:
     """Write ``codec_decoder.onnx``: inputs codes and excitation, any number of frames."""
     decoder = CodecDecoder()
-    decoder.load_state_dict(load_file(recipe.made(folder, "codec_decoder.safetensors")))
+    decoder.load_state_dict(load_file(recipe.input_file(folder, "codec_decoder.safetensors")))
     decoder.eval()
     codes = torch.zeros(1, 8, decoder.book_offsets.numel() + 1, dtype=torch.int64)
     excitation = torch.randn(1, 8 * STEPS * HOP)
@@ -119,7 +119,7 @@ def export(folder: Path) -> None:
 
 
 def share_constants(path: Path) -> None:
-    """The exporter writes a constant once for each use: keep one of each."""
+    """Merge equal constants, which the exporter writes once for each use."""
     model = onnx.load(path)
     for node in list(model.graph.node):
         if node.op_type == "Constant" and node.attribute[0].name == "value":
@@ -146,7 +146,7 @@ def share_constants(path: Path) -> None:
 @recipe.step()
 def main() -> None:
     parser = recipe.parser(__doc__)
-    parser.add_argument("--steps", type=recipe.whole, default=1000, help="0 exports what is there")
+    parser.add_argument("--steps", type=recipe.non_negative, default=1000, help="0 only exports")
     parser.add_argument("--batch", type=recipe.count, default=24)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)

@@ -1,4 +1,4 @@
-"""The corpus: sentences, and what the teacher says for them.
+"""The corpus: sentences, and the teacher's speech for them.
 
 The teacher is flite's voice ``slt``. For every sentence it gives the waveform (16 kHz) and its
 phones with their end times. Nothing is downloaded: the sentences come from Debian's packages
@@ -30,11 +30,11 @@ FORTUNES = Path("/usr/share/games/fortunes")
 WORDS = Path("/usr/share/dict/american-english")
 HELD_OUT = Path(__file__).with_name("held_out.txt")
 ALLOWED = re.compile(r"[a-z '.,?!-]+\Z")
-SHORTEST, LONGEST = 15, 110  # characters of a sentence
+MIN_CHARACTERS, MAX_CHARACTERS = 15, 110  # characters of a sentence
 
 
 def fortune_sentences(folder: Path = FORTUNES) -> list[str]:
-    """Plain sentences from the fortune files, in a fixed order, without repetition."""
+    """Return plain sentences of the fortune files, in a fixed order, without repetition."""
     found: dict[str, None] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix or not path.is_file():
@@ -46,7 +46,7 @@ def fortune_sentences(folder: Path = FORTUNES) -> list[str]:
             for sentence in re.split(r"(?<=[.?!])\s+", flat):
                 clean = sentence.strip(" \"'").replace('"', "").lower()
                 clean = re.sub(r"\s*--+\s*", ", ", clean)
-                if not SHORTEST <= len(clean) <= LONGEST or not ALLOWED.match(clean):
+                if not MIN_CHARACTERS <= len(clean) <= MAX_CHARACTERS or not ALLOWED.match(clean):
                     continue
                 if clean[-1] not in ".?!":
                     clean += "."
@@ -55,20 +55,20 @@ def fortune_sentences(folder: Path = FORTUNES) -> list[str]:
 
 
 def word_lists(count: int, seed: int, path: Path = WORDS) -> list[str]:
-    """Random lists of dictionary words, so that rare sounds and words occur too."""
+    """Return random lists of dictionary words, so that rare sounds and words occur too."""
     rng = random.Random(seed)
     words = [w for w in path.read_text(encoding="utf-8").split() if re.fullmatch(r"[a-z]{2,14}", w)]
     lists: list[str] = []
     while len(lists) < count:
         picked = rng.sample(words, rng.randint(3, 9))
         joined = " ".join(w + ("," if rng.random() < 0.15 else "") for w in picked).rstrip(",")
-        if SHORTEST <= len(joined) < LONGEST:
+        if MIN_CHARACTERS <= len(joined) < MAX_CHARACTERS:
             lists.append(joined + rng.choice("....?!"))
     return lists
 
 
 def sentences(count: int, seed: int) -> list[str]:
-    """Fortunes first, then word lists until there are ``count``; none of the held-out ones."""
+    """Return ``count`` sentences: fortunes, then word lists; none of the held-out ones."""
     held_out = {line.strip().lower() for line in HELD_OUT.read_text().splitlines()}
     real = [s for s in fortune_sentences() if s not in held_out]
     random.Random(seed).shuffle(real)
@@ -77,7 +77,7 @@ def sentences(count: int, seed: int) -> list[str]:
 
 
 def say(text: str) -> tuple[NDArray[np.int16], list[tuple[str, float]]]:
-    """What the teacher says: samples, and (phone, end in seconds) in order.
+    """Let the teacher speak; return samples, and (phone, end in seconds) in order.
 
     flite cuts the waveform's leading silence but counts the phones' times from before the cut;
     the difference of the two lengths is the cut, and the times are shifted by it.
@@ -117,7 +117,7 @@ def _say_all(batch: tuple[int, list[str], Path]) -> int:
         lines.append({"text": text, "phones": phones, "samples": len(samples)})
     if not waves:
         raise recipe.StepError(
-            f"flite said none of {len(texts)} sentences; try: flite -voice slt -t hello -o none"
+            f"flite spoke none of {len(texts)} sentences; try: flite -voice slt -t hello -o none"
         )
     part = shard.with_suffix(".part.npz")
     np.savez(part, samples=np.concatenate(waves), lines=json.dumps(lines))
@@ -126,7 +126,7 @@ def _say_all(batch: tuple[int, list[str], Path]) -> int:
 
 
 def shards(folder: Path) -> Iterator[tuple[NDArray[np.int16], list[dict[str, Any]]]]:
-    """Every shard: its samples one after another, and a line a sentence."""
+    """Yield every shard: its concatenated samples, and one line for each sentence."""
     for path in sorted(folder.glob("?????.npz")):
         with np.load(path) as data:
             yield data["samples"], json.loads(str(data["lines"]))

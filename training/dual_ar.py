@@ -2,7 +2,7 @@
 
     python -m training.dual_ar --out build/voice --steps 4000
 
-Checkpoints are written every few hundred steps; the same command goes on from the last one. On a
+Checkpoints are written every few hundred steps; the same command resumes from the last one. On a
 GPU it trains there. On a CPU, bfloat16 is tried against float32 first and the faster one is used.
 """
 
@@ -58,11 +58,11 @@ class Batch:
 
 
 def load_sentences(folder: Path) -> list[Sentence]:
-    with np.load(recipe.made(folder, "codes.npz")) as data:
+    with np.load(recipe.input_file(folder, "codes.npz")) as data:
         codes, counts = torch.from_numpy(data["codes"]).long(), data["counts"]
-    with np.load(recipe.made(folder, "features.npz")) as data:
+    with np.load(recipe.input_file(folder, "features.npz")) as data:
         lines = json.loads(str(data["lines"]))
-    symbols = json.loads(recipe.made(folder, "symbols.json").read_text())
+    symbols = json.loads(recipe.input_file(folder, "symbols.json").read_text())
     found, start = [], 0
     for line, count, marked in zip(lines, counts, symbols, strict=False):
         ends = [end * SAMPLE_RATE / HOP for _, end in line["phones"]]
@@ -84,11 +84,10 @@ def load_sentences(folder: Path) -> list[Sentence]:
 
 
 def split(sentences: list[Sentence], held_back: int) -> tuple[list[Sentence], list[Sentence]]:
-    """Those for validation, always the same, and those to learn from."""
+    """Split into sentences for validation, always the same, and for training."""
     if not 0 < held_back < len(sentences):
         raise recipe.StepError(
-            f"--held-back {held_back} of {len(sentences)} sentences: some have to be left for "
-            f"validation and some for training",
+            f"--held-back {held_back} of {len(sentences)} sentences must leave some for training",
             recipe.BAD_ARGUMENT,
         )
     random.Random(0).shuffle(sentences)
@@ -113,7 +112,7 @@ def collate(sentences: list[Sentence]) -> Batch:
 
 
 def batches(sentences: list[Sentence], size: int, rng: random.Random) -> Iterator[Batch]:
-    """For ever: sentences of like length together, in random order."""
+    """Yield batches without end: sentences of similar length together, in random order."""
     while True:
         order = list(range(len(sentences)))
         rng.shuffle(order)
@@ -127,7 +126,7 @@ def batches(sentences: list[Sentence], size: int, rng: random.Random) -> Iterato
 
 
 def previous(model: DualAR, codes: Tensor, training: bool) -> Tensor:
-    """The previous frame's codes, embedded: (batch, frames, dim); nothing before the first.
+    """Embed the previous frame's codes: (batch, frames, dim), zeros before the first frame.
 
     In training some frames are forgotten and some codes confused, so that when speaking the
     decoder leans on the phones and recovers from a bad frame instead of following it.
@@ -144,7 +143,7 @@ def previous(model: DualAR, codes: Tensor, training: bool) -> Tensor:
 
 
 def losses(model: DualAR, batch: Batch, share: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Slow, fast and duration loss; the first two in nats a code."""
+    """Return slow, fast and duration loss; the first two in nats per code."""
     read = model.read(batch.symbols, batch.sign, batch.phones)
     spoken = torch.arange(batch.symbols.shape[1], device=read.device) < batch.phones[:, None]
     missed = model.durations(read).float() - batch.log_steps
@@ -168,7 +167,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def faster_dtype(model: DualAR, batch: Batch, device: torch.device) -> torch.dtype:
-    """Some processors compute in bfloat16 four times faster than in float32, others slower."""
+    """Time both dtypes: bfloat16 is four times faster on some processors and slower on others."""
     took = {}
     for dtype in (torch.bfloat16, torch.float32):
         for _ in range(2):  # the first is a warm-up
@@ -198,7 +197,7 @@ def validate(
 
 
 def save_weights(model: DualAR, path: Path, report: dict[str, object]) -> None:
-    """bfloat16 and no pickle; the configuration travels in the file's header."""
+    """Save in bfloat16, without pickle, the configuration in the file's header."""
     weights = {
         k: v.detach().to(torch.bfloat16).cpu().contiguous() for k, v in model.state_dict().items()
     }
@@ -226,7 +225,7 @@ def train(args: argparse.Namespace) -> None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step, log = saved["step"], saved["log"]
-        print(f"going on from step {step}")
+        print(f"resuming from step {step}")
     source = batches(sentences, args.batch, random.Random(args.seed * 1000 + step))
     dtype = torch.bfloat16
     if device.type == "cpu":

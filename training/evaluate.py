@@ -1,9 +1,9 @@
-"""Word error of the voice and of its teacher, by a recogniser, on sentences nobody trained on.
+"""Word error of the voice and of its teacher, by a recogniser, on held-out sentences.
 
     python -m training.evaluate --out training/results [--url http://127.0.0.1:8000]
 
-pocketsphinx hears both with its own acoustic and language model; the ratio of the two errors is
-what counts, for the recogniser is far from perfect itself. Every sentence's row is written down.
+pocketsphinx recognises both with its own acoustic and language model. The ratio of the two errors
+counts, because the recogniser itself is far from perfect. Every sentence is a row of the CSV file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from workers.models.voice import Voice
 from workers.models.voice.codec_decoder import PITCH_BOOK
 
 WORD = re.compile(r"[a-z']+")
-HOTTEST = 2.0  # temperature that the voice takes
+MAX_TEMPERATURE = 2.0  # temperature that the voice takes
 
 
 def recogniser() -> Decoder:
@@ -37,7 +37,7 @@ def recogniser() -> Decoder:
 
 
 def heard(decoder: Decoder, samples: NDArray[np.int16]) -> str:
-    """What the recogniser hears in 16 kHz samples."""
+    """Recognise 16 kHz samples."""
     silence = np.zeros(3200, dtype=np.int16)
     decoder.start_utt()
     whole = np.concatenate([silence, samples, silence])
@@ -48,7 +48,7 @@ def heard(decoder: Decoder, samples: NDArray[np.int16]) -> str:
 
 
 def errors(said: str, understood: str) -> tuple[int, int]:
-    """Word edits between the two, and words said."""
+    """Return the word edits between the two texts, and the words of the first."""
     a, b = WORD.findall(said.lower()), WORD.findall(understood.lower())
     row = list(range(len(b) + 1))
     for i, word in enumerate(a, 1):
@@ -59,7 +59,7 @@ def errors(said: str, understood: str) -> tuple[int, int]:
 
 
 def voice_speaker(url: str | None, temperature: float) -> Callable[[str], NDArray[np.int16]]:
-    """Speaks through a running farm, or, without a URL, in this process."""
+    """Return a function that speaks through a running farm or, without a URL, in this process."""
     if url is not None:
 
         def ask(text: str) -> NDArray[np.int16]:
@@ -68,11 +68,11 @@ def voice_speaker(url: str | None, temperature: float) -> Callable[[str], NDArra
                 answer = httpx.post(f"{url}/v1/audio/speech", json=body, timeout=60)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 raise recipe.StepError(
-                    f"no farm answers at {url} ({error}); `gpufarm up` starts one", recipe.NO_FARM
+                    f"no farm responds at {url} ({error}); `gpufarm up` starts one", recipe.NO_FARM
                 ) from None
             if answer.status_code != 200:
-                told = " ".join(answer.text.split())[:200]
-                raise recipe.StepError(f"{url} answers {answer.status_code}, not speech: {told}")
+                detail = " ".join(answer.text.split())[:200]
+                raise recipe.StepError(f"{url} returned status {answer.status_code}: {detail}")
             return np.frombuffer(answer.content, dtype=np.int16)
 
         return ask
@@ -88,8 +88,8 @@ def voice_speaker(url: str | None, temperature: float) -> Callable[[str], NDArra
 
 
 def codec_speaker(folder: Path) -> Callable[[str], NDArray[np.int16]]:
-    """What the teacher says, through codes and back: the best that the decoder could do."""
-    quantiser = load_file(recipe.made(folder, "quantiser.safetensors"))
+    """Return a function that passes the teacher's speech through the codec: the decoder's limit."""
+    quantiser = load_file(recipe.input_file(folder, "quantiser.safetensors"))
     mean, std, weight = quantiser["pitch_stats"]
     voice = Voice()
     voice.setup("cpu")
@@ -107,8 +107,8 @@ def codec_speaker(folder: Path) -> Callable[[str], NDArray[np.int16]]:
         codes.insert(PITCH_BOOK, nearest(frames_of(prosody, [len(mel)]), quantiser["pitch_book"]))
         known = torch.stack(codes, 1)
         steps = (known[: i + 1] for i in range(len(known)))
-        made = np.concatenate(list(voice.samples(steps, len(known), 1, Work())))
-        return np.asarray(made * 32767, dtype=np.int16)
+        samples = np.concatenate(list(voice.samples(steps, len(known), 1, Work())))
+        return np.asarray(samples * 32767, dtype=np.int16)
 
     return speak
 
@@ -117,15 +117,17 @@ def codec_speaker(folder: Path) -> Callable[[str], NDArray[np.int16]]:
 def main() -> None:
     parser = recipe.parser(__doc__, out="training/results")
     parser.add_argument(
-        "--url", help="of a running farm; without it the voice runs in this process"
+        "--url", help="URL of a running farm; default: run the voice in this process"
     )
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--codec", type=Path, help="training's folder: hear the codec too")
+    parser.add_argument("--codec", type=Path, help="folder of the training: evaluate the codec too")
     args = parser.parse_args()
-    if not 0 <= args.temperature <= HOTTEST:
-        parser.error(f"argument --temperature: {args.temperature} is not from 0 to {HOTTEST}")
-    # As workers run. Sums come out a little differently with every number of threads, and where two
-    # codes are all but equally likely, that decides between them, and so what is heard later on.
+    if not 0 <= args.temperature <= MAX_TEMPERATURE:
+        parser.error(
+            f"argument --temperature: must be from 0 to {MAX_TEMPERATURE}, got {args.temperature}"
+        )
+    # As in workers. The number of threads changes sums slightly; where two codes are almost equally
+    # likely, that decides between them, and so everything that follows.
     torch.set_num_threads(1)
     decoder = recogniser()
     speakers: dict[str, Callable[[str], NDArray[np.int16]]] = {

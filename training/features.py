@@ -1,4 +1,4 @@
-"""What the codec sees of speech: a log-mel spectrogram, the pitch, and how voiced it is.
+"""Features of speech for the codec: a log-mel spectrogram, pitch and voicing.
 
 Everything is sampled every 12.5 ms; a few such steps are one frame of the decoder.
 
@@ -27,7 +27,7 @@ JUMP_COST = 4.0  # of one natural logarithm of pitch between two steps
 
 
 def log_mel(samples: NDArray[np.float64]) -> NDArray[np.float32]:
-    """(n,) -> (n // HOP + 1, N_MELS): log of the mean power in each band, with a floor."""
+    """Compute the log of the mean power in each band: (n,) -> (n // HOP + 1, N_MELS)."""
     steps = len(samples) // HOP + 1
     padded = np.pad(samples, (WINDOW // 2, WINDOW // 2 + HOP))
     at = np.arange(steps)[:, None] * HOP + np.arange(WINDOW)
@@ -37,7 +37,7 @@ def log_mel(samples: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def pitch(samples: NDArray[np.float64]) -> NDArray[np.float32]:
-    """(n,) -> (n // HOP + 1, 2): log f0 (carried through unvoiced steps), voicing in [0, 1].
+    """Estimate log f0 (interpolated where unvoiced) and voicing: (n,) -> (n // HOP + 1, 2).
 
     Normalised cross-correlation, and the best path through it (Viterbi).
     """
@@ -91,11 +91,11 @@ def _analyse_shard(shard: tuple[NDArray[np.int16], list[dict[str, Any]]]) -> lis
 
 
 def write(folder: Path, processes: int, most: int) -> None:
-    """Write ``features.npz``: every sentence's steps one after another."""
+    """Write ``features.npz``: the steps of all sentences, concatenated."""
     mels, pitches, lines = [], [], []
     with ProcessPoolExecutor(processes) as pool:
         parts: list[tuple[NDArray[np.int16], list[dict[str, Any]]]] = []
-        for part in shards(recipe.made(folder, recipe.CORPUS)):
+        for part in shards(recipe.input_file(folder, recipe.CORPUS)):
             if sum(len(listed) for _, listed in parts) < most:
                 parts.append(part)
         for (_, listed), found in zip(parts, pool.map(_analyse_shard, parts), strict=True):

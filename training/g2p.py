@@ -1,9 +1,9 @@
-"""Train the network that says words outside the lexicon, on the lexicon.
+"""Train the grapheme-to-phoneme network for words outside the lexicon, on the lexicon.
 
     python -m training.g2p --out build/voice
 
-Letters and phones are aligned first: every letter says none, one or two phones, and which ones a
-letter tends to say is found by counting and aligning in turn.
+Letters and phones are aligned first: every letter stands for up to two phones, and the likely ones
+of each letter are found by alternating between counting and aligning.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from training import recipe
-from workers.models.voice.g2p import G2P, LETTER_ID, MAX_CHUNKS, spell
+from workers.models.voice.g2p import G2P, LETTER_ID, MAX_CHUNKS, phones_of
 from workers.models.voice.text import DATA, lexicon
 
 Chunk = tuple[str, ...]
 
 
 def segment(word: str, phones: list[str], cost: dict[tuple[str, Chunk], float]) -> list[Chunk]:
-    """The cheapest way to share the phones out among the letters; empty where there is none."""
+    """Distribute the phones over the letters at the lowest cost; empty if that is impossible."""
     best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
     for letter in word:
         reach: dict[int, tuple[float, int]] = {}
@@ -72,16 +72,14 @@ def align(words: dict[str, list[str]], rounds: int = 5) -> dict[str, list[Chunk]
 @recipe.step()
 def main() -> None:
     parser = recipe.parser(__doc__)
-    parser.add_argument("--data", type=Path, default=DATA, help="where the lexicon lies")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the lexicon")
     parser.add_argument("--steps", type=recipe.count, default=3000)
-    parser.add_argument(
-        "--held-back", type=recipe.count, default=2000, help="words to be tried at the end"
-    )
+    parser.add_argument("--held-back", type=recipe.count, default=2000, help="words for validation")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
-    recipe.made(args.data, "lexicon.txt.gz")
+    recipe.input_file(args.data, "lexicon.txt.gz")
     args.out.mkdir(parents=True, exist_ok=True)
     known = lexicon(args.data).items()
     words = {w: p for w, p in known if len(w) > 1 and all(c in LETTER_ID for c in w)}
@@ -92,8 +90,7 @@ def main() -> None:
     usable = [w for w, c in aligned.items() if all(" ".join(x) in number for x in c)]
     if len(usable) <= args.held_back:
         raise recipe.StepError(
-            f"--held-back {args.held_back} of {len(usable)} words: some have to be left for "
-            f"training",
+            f"--held-back {args.held_back} of {len(usable)} words must leave some for training",
             recipe.BAD_ARGUMENT,
         )
     rng.shuffle(usable)
@@ -118,7 +115,7 @@ def main() -> None:
             print(f"step {step + 1}: loss {float(loss.detach()):.4f}", flush=True)
     network.eval()
     right = sum(
-        [p.rstrip("1") for p in spell(network, chunks, w)] == [p.rstrip("1") for p in words[w]]
+        [p.rstrip("1") for p in phones_of(network, chunks, w)] == [p.rstrip("1") for p in words[w]]
         for w in held_back
     )
     report = {"seed": args.seed, "held_back": len(held_back), "words_right": right}

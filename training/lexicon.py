@@ -1,8 +1,8 @@
-"""The lexicon, written by the teacher, and every corpus phone's stress and place in its word.
+"""The teacher's lexicon, and the stress and place in its word of every phone of the corpus.
 
-flite's ``t2p`` says one word's phones with stress; what flite says of a sentence has neither
-stress nor word boundaries, so the two are aligned. A word that the teacher says otherwise in
-sentences than alone (``the``, ``and``) enters the lexicon as it is said in sentences.
+flite's ``t2p`` prints one word's phones with stress; its phones of a sentence have neither stress
+nor word boundaries, so the two are aligned. A word that the teacher pronounces differently in
+sentences (``the``, ``and``) enters the lexicon as pronounced in sentences.
 
     python -m training.lexicon --out build/voice
 """
@@ -28,8 +28,8 @@ WORD = re.compile(r"[a-z]+(?:'[a-z]+)*'?")
 DATA = Path(__file__).parent.parent / "workers" / "models" / "voice" / "data"
 
 
-def spell(word: str) -> Spoken:
-    """What the teacher says for one word alone; empty where it says something unknown."""
+def teacher_phones(word: str) -> Spoken:
+    """Return the teacher's phones of one word; empty if one of them is unknown."""
     printed = subprocess.run(
         ["t2p", word], check=True, capture_output=True, text=True, timeout=20
     ).stdout.split()
@@ -37,14 +37,14 @@ def spell(word: str) -> Spoken:
     return phones if all(p.rstrip("1") in PHONE_ID for p in phones) else ()
 
 
-def spell_all(words: Iterable[str]) -> dict[str, Spoken]:
+def all_teacher_phones(words: Iterable[str]) -> dict[str, Spoken]:
     with ThreadPoolExecutor(4) as pool:
         listed = sorted(words)
-        return {w: p for w, p in zip(listed, pool.map(spell, listed), strict=True) if p}
+        return {w: p for w, p in zip(listed, pool.map(teacher_phones, listed), strict=True) if p}
 
 
 def align(expected: list[tuple[str, int]], said: list[str]) -> list[int]:
-    """For every phone said, the index of the expected phone it stands for, or -1.
+    """Return, for every spoken phone, the index of its expected phone, or -1.
 
     ``expected``: (phone without stress, word number). Edit distance; a pause costs nothing.
     """
@@ -79,7 +79,7 @@ def align(expected: list[tuple[str, int]], said: list[str]) -> list[int]:
 
 
 def annotate(words: list[Spoken], said: list[str]) -> tuple[list[Phone], list[list[str]]]:
-    """Every phone said with stress and place, and the phones said for each word."""
+    """Return the spoken phones with stress and place, and the spoken phones of each word."""
     expected = [(p.rstrip("1"), n) for n, phones in enumerate(words) for p in phones]
     stressed = [p.endswith("1") for phones in words for p in phones]
     found = align(expected, said)
@@ -107,18 +107,18 @@ def annotate(words: list[Spoken], said: list[str]) -> tuple[list[Phone], list[li
 @recipe.step()
 def main() -> None:
     parser = recipe.parser(__doc__)
-    parser.add_argument("--data", type=Path, default=DATA, help="where the lexicon is written")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder for the lexicon")
     parser.add_argument(
-        "--words", type=recipe.count, help="of the dictionary, picked at random; all"
+        "--words", type=recipe.count, help="number of random words of the dictionary (all)"
     )
     args = parser.parse_args()
-    corpus = recipe.made(args.out, recipe.CORPUS)
+    corpus = recipe.input_file(args.out, recipe.CORPUS)
     lines = [line for _, part in shards(corpus) for line in part]
     listed = {w.lower() for w in WORDS.read_text().split() if re.fullmatch(r"[A-Za-z][a-z']+", w)}
     if args.words is not None:
         listed = set(random.Random(1).sample(sorted(listed), args.words))
     in_corpus = {w for line in lines for w in WORD.findall(str(line["text"]))}
-    lexicon = spell_all(listed | in_corpus | set("abcdefghijklmnopqrstuvwxyz"))
+    lexicon = all_teacher_phones(listed | in_corpus | set("abcdefghijklmnopqrstuvwxyz"))
     print(f"{len(lexicon)} words")
 
     aligned, unmatched = [], 0

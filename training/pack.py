@@ -1,4 +1,4 @@
-"""Put what training made where the voice loads it from: ``workers/models/voice/data``.
+"""Copy the trained files to the voice's folder, ``workers/models/voice/data``.
 
 python -m training.pack --out build/voice
 """
@@ -21,14 +21,14 @@ def main() -> None:
     parser = recipe.parser(__doc__)
     parser.add_argument("--data", type=Path, default=DATA)
     args = parser.parse_args()
-    # All are there, or nothing of the voice that is in place is touched.
-    made = {name: recipe.made(args.out, name) for name in ("quantiser.safetensors", *COPIED)}
+    # Check all files first: an incomplete set must not overwrite a voice.
+    files = {name: recipe.input_file(args.out, name) for name in ("quantiser.safetensors", *COPIED)}
     args.data.mkdir(parents=True, exist_ok=True)
-    quantiser = load_file(made["quantiser.safetensors"])
+    quantiser = load_file(files["quantiser.safetensors"])
     pitch = {name: quantiser[name] for name in ("pitch_book", "pitch_stats")}
     save_file(pitch, args.data / "pitch.safetensors")
     for name in COPIED:
-        shutil.copyfile(made[name], args.data / name)
+        shutil.copyfile(files[name], args.data / name)
         (args.data / name).chmod(0o644)
     (args.data / "pitch.safetensors").chmod(0o644)
     print(f"{args.data}: fingerprint {load(args.data).fingerprint}")

@@ -1,7 +1,7 @@
 """Residual vector quantisation: the codec's codebooks, found by k-means.
 
 Codebook 0 takes the envelope's largest part, codebook 1 the pitch and voicing of the frame, and
-each further one what the envelope's codebooks before it have left over. The slow transformer
+each further one the residual of the envelope's codebooks before it. The slow transformer
 predicts codebook 0; the fast one the others in turn.
 
     python -m training.quantiser --out build/voice
@@ -25,7 +25,10 @@ VOICING_WEIGHT = 0.6  # the voicing that counts as much as one standard deviatio
 
 
 def frames_of(steps: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """(all steps, width) -> (all frames, STEPS * width); the last step pads a sentence's end."""
+    """Join steps to frames, (all steps, width) -> (all frames, STEPS * width).
+
+    A sentence's last step is repeated to fill its last frame.
+    """
     frames = []
     for part in torch.split(steps, lengths):
         missing = -len(part) % STEPS
@@ -35,13 +38,13 @@ def frames_of(steps: torch.Tensor, lengths: list[int]) -> torch.Tensor:
 
 
 def nearest(vectors: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
-    """The index of the nearest entry for every vector: (n,)."""
+    """Return the index of the nearest entry for every vector: (n,)."""
     norms = (book * book).sum(1)
     return torch.cat([(norms - 2 * part @ book.T).argmin(1) for part in vectors.split(16384)])
 
 
 def k_means(vectors: torch.Tensor, size: int, rounds: int, seed: int) -> torch.Tensor:
-    """(n, width) -> (size, width). Entries that lose all their vectors get random ones."""
+    """Find ``size`` entries for (n, width); entries without vectors are replaced by random ones."""
     rng = torch.Generator().manual_seed(seed)
     book = vectors[torch.randperm(len(vectors), generator=rng)[:size]].clone()
     for _ in range(rounds):
@@ -56,13 +59,11 @@ def k_means(vectors: torch.Tensor, size: int, rounds: int, seed: int) -> torch.T
 @recipe.step()
 def main() -> None:
     parser = recipe.parser(__doc__)
-    parser.add_argument(
-        "--vectors", type=recipe.count, default=100_000, help="frames that k-means sees"
-    )
+    parser.add_argument("--vectors", type=recipe.count, default=100_000, help="frames for k-means")
     parser.add_argument("--rounds", type=recipe.count, default=12)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    data = np.load(recipe.made(args.out, "features.npz"))
+    data = np.load(recipe.input_file(args.out, "features.npz"))
     lines = json.loads(str(data["lines"]))
     lengths = [line["steps"] for line in lines]
     mel = torch.from_numpy(data["mel"]).float()
@@ -78,8 +79,8 @@ def main() -> None:
     seen = torch.randperm(len(normal), generator=rng)[: args.vectors]
     if len(seen) < CODEBOOK_SIZE:
         raise recipe.StepError(
-            f"{len(seen)} frames are too few for codebooks of {CODEBOOK_SIZE}; "
-            "more --vectors are needed, or more --sentences in steps 1 and 2"
+            f"too few frames for codebooks of {CODEBOOK_SIZE}: {len(seen)}; "
+            "use more --vectors, or more --sentences in steps 1 and 2"
         )
 
     codes = torch.empty(len(normal), NUM_CODEBOOKS, dtype=torch.int16)

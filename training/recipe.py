@@ -1,4 +1,4 @@
-"""What every step of the recipe shares: what it needs of the others, and how it ends without it."""
+"""Shared by all steps of the recipe: their arguments, input files and errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NoReturn
 
 FAILED, BAD_ARGUMENT, NO_FARM, INTERRUPTED = 1, 2, 4, 130
 CORPUS = "corpus"
-_MADE_BY = {
+_STEP_OF = {
     CORPUS: (1, "corpus", "--out"),
     "features.npz": (2, "features", "--out"),
     "lexicon.txt.gz": (3, "lexicon", "--data"),
@@ -24,14 +24,14 @@ _MADE_BY = {
     "g2p.safetensors": (6, "g2p", "--out"),
     "dual_ar.safetensors": (7, "dual_ar", "--out"),
 }
-"""Each file: the step that makes it, and the option that says where."""
+"""File → the step that makes it, and that step's option for the folder."""
 _PACKAGES = {"flite": "flite", "t2p": "flite", "fortunes": "fortunes"}
 _PACKAGES |= {"american-english": "wamerican"}
-"""Programs and files of the system: the Debian package that brings them."""
+"""Programs and files of the system → their Debian package."""
 
 
 class StepError(Exception):
-    """A step cannot go on; the message says why, and what to do."""
+    """A step cannot continue; the message names the cause and the remedy."""
 
     def __init__(self, message: str, code: int = FAILED) -> None:
         super().__init__(message)
@@ -39,47 +39,51 @@ class StepError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """A bad argument is one line; --help tells the rest."""
+    """A parser whose errors are one line; --help shows the rest."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_ARGUMENT, f"{self.prog}: {message} (--help lists the arguments)\n")
 
 
-def parser(described: str | None, out: str = "build/voice") -> Parser:
-    """A step's arguments. ``described``: its module's documentation."""
-    made = Parser(prog=_name(), description=(described or "").splitlines()[0])
-    made.add_argument("--out", type=Path, default=Path(out), help=f"folder of the files ({out})")
-    return made
+def parser(doc: str | None, out: str = "build/voice") -> Parser:
+    """Make a step's parser; ``doc`` is its module's docstring."""
+    arguments = Parser(prog=_name(), description=(doc or "").splitlines()[0])
+    arguments.add_argument(
+        "--out", type=Path, default=Path(out), help=f"folder of the files ({out})"
+    )
+    return arguments
 
 
 def count(text: str) -> int:
-    """An argument of at least 1."""
-    value = whole(text)
+    """Parse an argument of at least 1."""
+    value = non_negative(text)
     if value == 0:
-        raise argparse.ArgumentTypeError("'0' is no whole number above 0")
+        raise argparse.ArgumentTypeError("must be a positive integer, got '0'")
     return value
 
 
-def whole(text: str) -> int:
-    """An argument of at least 0."""
+def non_negative(text: str) -> int:
+    """Parse an argument of at least 0."""
     try:
         value = int(text)
     except ValueError:
         value = -1
     if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 0 or more")
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {text!r}")
     return value
 
 
-def made(folder: Path, name: str) -> Path:
-    """What an earlier step left in ``folder``. Raises StepError where it is not there, or not
-    whole because that step was killed while it wrote."""
+def input_file(folder: Path, name: str) -> Path:
+    """Return the path of an earlier step's file.
+
+    Raises StepError if it is missing, or incomplete because that step was killed while writing.
+    """
     path = folder / name
-    number, step, option = _MADE_BY[name]
+    number, step, option = _STEP_OF[name]
     there = any(path.glob("?????.npz")) if name == CORPUS else path.is_file()
     wrong = "" if there else "is missing"
     if there and path.suffix == ".npz" and not zipfile.is_zipfile(path):
-        wrong = "is not whole"
+        wrong = "is incomplete"
     if wrong:
         command = f"python -m training.{step} {option} {folder}"
         raise StepError(f"{path} {wrong}; step {number} makes it: {command}")
@@ -87,9 +91,9 @@ def made(folder: Path, name: str) -> Path:
 
 
 def step(*expected: type[Exception]) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """For a step's ``main``: what its user can mend is told in one line, with an exit code.
+    """Decorate a step's ``main``: an error that its user can fix becomes one line and an exit code.
 
-    ``expected``: more exceptions than StepError and OSError whose own words say what to do.
+    ``expected``: exceptions beside StepError and OSError whose message names the remedy.
     """
 
     def wrap(main: Callable[[], None]) -> Callable[[], None]:
@@ -124,6 +128,6 @@ def _end(message: str, code: int) -> NoReturn:
 
 
 def _name() -> str:
-    """Of the command that runs, such as training.corpus."""
+    """Return the name of the running command, such as training.corpus."""
     spec = sys.modules["__main__"].__spec__
     return spec.name if spec else Path(sys.argv[0]).name

@@ -1,4 +1,4 @@
-"""How a training step ends when it cannot go on: one line, and an exit code."""
+"""The errors of training steps: one line, and an exit code."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import torch
 from tests.waiting import free_port
 from training import recipe
 
-Told = pytest.CaptureFixture[str]
+Captured = pytest.CaptureFixture[str]
 
 
 def line_of(
-    step: str, words: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, told: Told
+    step: str, words: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, captured: Captured
 ) -> tuple[object, str]:
-    """Run a step in this process: its exit code, and the one line on standard error."""
+    """Run a step in this process; return its exit code and its one line on standard error."""
     monkeypatch.setattr(sys, "argv", [step, *map(str, words)])
     with pytest.raises(SystemExit) as ending:
         importlib.import_module(f"training.{step}").main()
-    printed = told.readouterr()
+    printed = captured.readouterr()
     assert printed.err.count("\n") == 1, printed.err
     return ending.value.code, printed.err
 
@@ -40,13 +40,13 @@ def line_of(
         ("pack", "quantiser.safetensors", "step 4 makes it: python -m training.quantiser"),
     ],
 )
-def test_a_step_without_those_before_it(
+def test_a_step_names_the_step_that_makes_a_missing_file(
     step: str,
     missing: str,
     maker: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: Told,
+    capsys: Captured,
 ) -> None:
     data = ("--data", tmp_path / "data") if step in ("lexicon", "pack") else ()
     code, line = line_of(step, ("--out", tmp_path, *data), monkeypatch, capsys)
@@ -56,7 +56,7 @@ def test_a_step_without_those_before_it(
 
 
 def test_g2p_needs_the_lexicon(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Told
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     words = ("--out", tmp_path / "out", "--data", tmp_path)
     code, line = line_of("g2p", words, monkeypatch, capsys)
@@ -65,15 +65,15 @@ def test_g2p_needs_the_lexicon(
     assert f"training.lexicon --data {tmp_path}" in line
 
 
-def test_a_file_that_a_killed_step_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Told
+def test_an_incomplete_file_of_a_killed_step_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     file = tmp_path / "features.npz"
     np.savez(file, mel=np.zeros(1000))
     file.write_bytes(file.read_bytes()[:500])
     code, line = line_of("quantiser", ("--out", tmp_path), monkeypatch, capsys)
     assert code == 1
-    assert "features.npz is not whole; step 2 makes it" in line
+    assert "features.npz is incomplete; step 2 makes it" in line
 
 
 @pytest.fixture
@@ -85,16 +85,16 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("threads")
-def test_an_evaluation_without_what_it_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Told
+def test_an_evaluation_names_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    nobody = f"http://127.0.0.1:{free_port()}"
+    unused = f"http://127.0.0.1:{free_port()}"
     out = ("--out", tmp_path / "out")
-    code, line = line_of("evaluate", (*out, "--url", nobody), monkeypatch, capsys)
+    code, line = line_of("evaluate", (*out, "--url", unused), monkeypatch, capsys)
     assert code == 4
-    assert f"no farm answers at {nobody}" in line
+    assert f"no farm responds at {unused}" in line
     assert "`gpufarm up` starts one" in line
-    words = (*out, "--url", nobody, "--codec", tmp_path / "voice")
+    words = (*out, "--url", unused, "--codec", tmp_path / "voice")
     code, line = line_of("evaluate", words, monkeypatch, capsys)
     assert code == 1
     assert "quantiser.safetensors is missing; step 4 makes it" in line
@@ -105,7 +105,7 @@ def test_an_evaluation_without_what_it_needs(
 
 @pytest.mark.usefixtures("threads")
 def test_an_evaluation_does_not_depend_on_the_number_of_cores(
-    monkeypatch: pytest.MonkeyPatch, capsys: Told
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     evaluate = importlib.import_module("training.evaluate")
 
@@ -128,8 +128,8 @@ def test_an_evaluation_does_not_depend_on_the_number_of_cores(
         (LookupError("as expected"), 1, ": as expected"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(
-    error: Exception, code: int, said: str, capsys: Told
+def test_an_error_that_a_user_can_fix_is_one_line(
+    error: Exception, code: int, said: str, capsys: Captured
 ) -> None:
     @recipe.step(LookupError)
     def main() -> None:
@@ -143,7 +143,7 @@ def test_what_a_user_can_mend_is_one_line(
     assert said in line
 
 
-def test_a_mistake_of_ours_is_not_hidden() -> None:
+def test_a_bug_is_not_hidden() -> None:
     @recipe.step()
     def main() -> None:
         raise TypeError("a bug")
@@ -160,9 +160,10 @@ def test_a_mistake_of_ours_is_not_hidden() -> None:
         ("dual_ar", ("--batch", -1)),
     ],
 )
-def test_a_bad_argument(
-    step: str, words: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, capsys: Told
+def test_a_bad_argument_is_one_line(
+    step: str, words: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     code, line = line_of(step, words, monkeypatch, capsys)
     assert code == 2
-    assert f"argument {words[0]}: '{words[1]}' is no whole number" in line
+    assert f"argument {words[0]}: must be" in line
+    assert f"got '{words[1]}'" in line

@@ -1,4 +1,4 @@
-"""The voice's whole recipe on a toy corpus: every command runs, and what comes out speaks."""
+"""The voice's whole recipe on a toy corpus: every command runs, and the result speaks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Recipe:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """Everything up to the codes: what the decoder learns from."""
+    """Run the steps up to the codes, which the decoder learns from."""
     recipe = Recipe(tmp_path_factory.mktemp("voice"))
     assert "48 of 48 sentences" in recipe.run("corpus", "--sentences", 48)
     assert "48 sentences" in recipe.run("features", "--processes", 1)
@@ -74,9 +74,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 @dataclass(frozen=True)
 class Interrupted:
     reached: int
-    """The last step that the killed training had told of."""
-    gone_on: str
-    """What the same command printed then."""
+    """The last step that the killed training reported."""
+    resumed: str
+    """Output of the same command, run again."""
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +96,8 @@ def interrupted(recipe: Recipe) -> Interrupted:
         printed = process.communicate()[0]
     assert process.returncode == -signal.SIGKILL, printed
     reached = validated(printed)[-1]
-    gone_on = recipe.run("dual_ar", *few, 1, "--steps", reached + 1)
-    return Interrupted(reached, gone_on)
+    resumed = recipe.run("dual_ar", *few, 1, "--steps", reached + 1)
+    return Interrupted(reached, resumed)
 
 
 def validated(printed: str) -> list[int]:
@@ -105,20 +105,20 @@ def validated(printed: str) -> list[int]:
     return [int(step) for step in re.findall(r"^step (\d+): validation", printed, flags=re.M)]
 
 
-def test_a_killed_training_goes_on_from_its_last_checkpoint(interrupted: Interrupted) -> None:
-    begun = re.search(r"^going on from step (\d+)$", interrupted.gone_on, flags=re.M)
+def test_a_killed_training_resumes_from_its_last_checkpoint(interrupted: Interrupted) -> None:
+    begun = re.search(r"^resuming from step (\d+)$", interrupted.resumed, flags=re.M)
     assert begun
-    # It may have been killed after it had told of a step and before the step was on the disk.
+    # It may have been killed between reporting a step and writing its checkpoint.
     assert interrupted.reached - 2 <= int(begun[1]) <= interrupted.reached
     steps = range(int(begun[1]) + 1, interrupted.reached + 2)
-    assert validated(interrupted.gone_on) == list(steps)
+    assert validated(interrupted.resumed) == list(steps)
 
 
 @pytest.mark.usefixtures("interrupted")
 def test_what_was_trained_is_packed_and_speaks(recipe: Recipe) -> None:
     recipe.run("codec_decoder", "--steps", 5, "--batch", 4)
-    told = recipe.run("g2p", "--data", recipe.data, "--steps", 10, "--held-back", 50)
-    assert "'held_back': 50" in told
+    printed = recipe.run("g2p", "--data", recipe.data, "--steps", 10, "--held-back", 50)
+    assert "'held_back': 50" in printed
     assert "fingerprint" in recipe.run("pack", "--data", recipe.data)
     assert {*weights.FILES, "lexicon.txt.gz"} == {path.name for path in recipe.data.iterdir()}
 
@@ -130,7 +130,7 @@ def test_what_was_trained_is_packed_and_speaks(recipe: Recipe) -> None:
     assert np.abs(samples).max() > 0.01, "silence"
 
 
-def test_too_few_sentences_are_told(recipe: Recipe) -> None:
+def test_too_few_sentences_are_reported(recipe: Recipe) -> None:
     with recipe.start("dual_ar", "--held-back", 48) as process:
         printed, _ = process.communicate(timeout=60)
     assert process.returncode == 2

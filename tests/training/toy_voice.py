@@ -1,4 +1,4 @@
-"""A voice of random weights, small and whole: for what does not depend on how it sounds."""
+"""A small, complete voice of random weights, for tests that do not depend on its sound."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _save(module: nn.Module, path: Path, **metadata: object) -> None:
 
 
 def write(folder: Path) -> Path:
-    """The files that ``workers.models.voice.weights.load`` reads."""
+    """Write the files that ``workers.models.voice.weights.load`` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)
     _save(DualAR(CONFIG), folder / "dual_ar.safetensors", config=CONFIG.to_json())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from workers.models.voice.number_expansion import spell_amounts
+from workers.models.voice.number_expansion import expand_numbers
 
 
 def words(text: str) -> str:
     """Spelt out, spaces evened out."""
-    return " ".join(spell_amounts(text).replace(" ,", ",").split())
+    return " ".join(expand_numbers(text).replace(" ,", ",").split())
 
 
 @pytest.mark.parametrize(

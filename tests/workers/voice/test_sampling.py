@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from tests.repository import REPOSITORY
-from workers.models.voice.sampling import COLDEST, REMEMBERED, choose, draw_noise, penalise
+from workers.models.voice.sampling import (
+    MIN_TEMPERATURE,
+    PENALTY_WINDOW,
+    choose,
+    draw_noise,
+    penalise,
+)
 
 SIZE = 64
 
@@ -52,7 +58,7 @@ def test_every_seed_draws(seed: int) -> None:
 def test_cold_is_the_largest_score_whatever_the_noise() -> None:
     for seed in range(50):
         scores = scores_of(seed)
-        assert pick(scores, draw_noise(seed, (SIZE,)), COLDEST) == int(scores.argmax())
+        assert pick(scores, draw_noise(seed, (SIZE,)), MIN_TEMPERATURE) == int(scores.argmax())
 
 
 def test_cold_is_the_largest_score_however_near_the_next_is() -> None:
@@ -60,7 +66,7 @@ def test_cold_is_the_largest_score_however_near_the_next_is() -> None:
     scores[7] = 1e-6
     noise = torch.full((SIZE,), 1e-10)
     noise[7] = 100.0
-    assert pick(scores, noise, COLDEST) == 7
+    assert pick(scores, noise, MIN_TEMPERATURE) == 7
 
 
 def test_codes_come_as_often_as_their_chances_say() -> None:
@@ -89,15 +95,17 @@ def test_the_smallest_top_p_leaves_the_likeliest() -> None:
 
 def test_hot_picks_more_kinds_than_cold() -> None:
     scores, noise = scores_of(1), draw_noise(1, (300, SIZE))
-    kinds = [len({pick(scores, row, heat) for row in noise}) for heat in (COLDEST, 0.5, 2.0)]
+    kinds = [
+        len({pick(scores, row, heat) for row in noise}) for heat in (MIN_TEMPERATURE, 0.5, 2.0)
+    ]
     assert kinds[0] == 1 < kinds[1] < kinds[2]
 
 
 def recent(*codes: int) -> tuple[Tensor, Tensor]:
     """As the decoder hands them over: newest first, and frame 0's where there is none."""
     oldest = codes[-1] if codes else 9
-    held = [*codes, *[oldest] * (REMEMBERED - len(codes))]
-    return torch.tensor(held), torch.arange(REMEMBERED) < len(codes)
+    held = [*codes, *[oldest] * (PENALTY_WINDOW - len(codes))]
+    return torch.tensor(held), torch.arange(PENALTY_WINDOW) < len(codes)
 
 
 def test_a_penalty_lowers_what_was_chosen_and_nothing_else() -> None:
@@ -109,7 +117,7 @@ def test_a_penalty_lowers_what_was_chosen_and_nothing_else() -> None:
 
 def test_a_penalty_of_1_changes_nothing() -> None:
     scores = scores_of(4)
-    codes, real = recent(*range(REMEMBERED))
+    codes, real = recent(*range(PENALTY_WINDOW))
     assert torch.equal(penalise(scores, codes, real, torch.tensor(1.0)), scores)
 
 
@@ -119,7 +127,7 @@ def test_before_the_first_frame_nothing_is_penalised() -> None:
     assert torch.equal(penalise(scores, codes, real, torch.tensor(2.0)), scores)
 
 
-@pytest.mark.parametrize("known", range(1, REMEMBERED + 1))
+@pytest.mark.parametrize("known", range(1, PENALTY_WINDOW + 1))
 def test_the_oldest_code_is_penalised_while_the_memory_fills(known: int) -> None:
     """What fills the rest of the memory carries the oldest code too, and does not count."""
     scores = torch.full((SIZE,), 4.0)
@@ -132,8 +140,8 @@ def test_a_penalty_changes_the_choice() -> None:
     scores = torch.tensor([2.0, 1.9, 0.0])
     codes, real = recent(0)
     found = penalise(scores, codes, real, torch.tensor(1.5))
-    assert pick(scores, torch.ones(3), COLDEST) == 0
-    assert pick(found, torch.ones(3), COLDEST) == 1
+    assert pick(scores, torch.ones(3), MIN_TEMPERATURE) == 0
+    assert pick(found, torch.ones(3), MIN_TEMPERATURE) == 1
 
 
 @pytest.mark.gpu

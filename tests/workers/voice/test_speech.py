@@ -13,12 +13,12 @@ import pytest
 
 from tests.workers.voice.tiny_voice import one_thread
 from workers.model.contract import Audio, Cancelled, InvalidRequest, SpeechRequest, Work
-from workers.models.voice import text as written
+from workers.models.voice import text
 from workers.models.voice.speech import CHUNKS, CONTEXT, FRAME, LONGEST_TEXT, Voice
 from workers.models.voice.weights import DATA, FILES
 
 FOLDER = Path(os.environ.get("GPUFARM_TEST_VOICE", DATA))
-"""Where the voice lies that is tested: the shipped one, unless another is asked for."""
+"""Folder of the tested voice: the shipped one unless the variable names another."""
 MISSING = [name for name in FILES if not (FOLDER / name).exists()]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"{FOLDER} lacks {', '.join(MISSING)}")
 
@@ -73,7 +73,7 @@ def test_audio_leaves_before_the_last_frame_is_decoded(voice: Voice) -> None:
     assert chunks[:3] == list(CHUNKS)
 
 
-def test_chunks_are_the_whole_cut_up(voice: Voice) -> None:
+def test_chunks_join_to_the_complete_speech(voice: Voice) -> None:
     """Waiting between chunks, and other callers' sentences before, change no sample."""
     complete = samples(voice, SENTENCE)
     samples(voice, "Something else.", seed=7, temperature=0.9)
@@ -83,7 +83,7 @@ def test_chunks_are_the_whole_cut_up(voice: Voice) -> None:
 
 def test_seams_between_chunks_cannot_be_heard(voice: Voice) -> None:
     """Against the codec's decoder run on the whole sentence at once."""
-    (sentence,) = written.sentences(SENTENCE, voice.spell)
+    (sentence,) = text.sentences(SENTENCE, voice.g2p)
     conditions = voice._conditions(sentence, 1.0)
     for codes in voice.decoder.decode(conditions, voice.sampling, 5, Work()):
         known = codes
@@ -117,7 +117,7 @@ def test_any_seed_speaks(voice: Voice, seed: int | None) -> None:
 
 @pytest.mark.parametrize("speed", [0.25, 0.5, 2.0, 4.0])
 def test_speed_changes_the_length_in_proportion(voice: Voice, speed: float) -> None:
-    (sentence,) = written.sentences(SENTENCE, voice.spell)
+    (sentence,) = text.sentences(SENTENCE, voice.g2p)
     usual, changed = (len(voice._conditions(sentence, s)) for s in (1.0, speed))
     assert changed == pytest.approx(usual / speed, abs=1 + 1 / speed)
 
@@ -166,7 +166,7 @@ LONG = {
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_long_input_speaks_at_once_and_can_be_dropped(voice: Voice, name: str) -> None:
+def test_long_input_streams_at_once_and_can_be_cancelled(voice: Voice, name: str) -> None:
     work = Work()
     chunks = voice.speak(request(LONG[name][:10_000], work=work, seed=3))
     assert all(len(chunk) for chunk in itertools.islice(chunks, 2))
@@ -181,8 +181,8 @@ def test_long_input_speaks_at_once_and_can_be_dropped(voice: Voice, name: str) -
 @pytest.mark.parametrize("speed", [0.25, 1.0, 4.0])
 def test_no_sentence_outgrows_the_decoder(voice: Voice, name: str, speed: float) -> None:
     most = voice.weights.dual_ar.config.max_seq_len
-    longest = int(written.LONGEST_SENTENCE * min(1.0, speed))
-    found = written.sentences(LONG[name][:10_000], voice.spell, longest)
+    longest = int(text.MAX_SENTENCE_LETTERS * min(1.0, speed))
+    found = text.sentences(LONG[name][:10_000], voice.g2p, longest)
     # Sentences of like text are of like length: the longest few and some of the others.
     found.sort(key=lambda sentence: len(sentence.phones), reverse=True)
     for sentence in [*found[:3], *found[3::40]]:
@@ -200,14 +200,14 @@ def test_cancelling_within_a_sentence(voice: Voice) -> None:
     assert voice.decoder.frames_decoded == before
 
 
-def test_a_request_that_was_left_before_it_began(voice: Voice) -> None:
+def test_a_request_cancelled_before_it_began_decodes_nothing(voice: Voice) -> None:
     before = voice.decoder.frames_decoded
     with pytest.raises(Cancelled):
         next(voice.speak(request(work=Work(deadline=0.0))))
     assert voice.decoder.frames_decoded == before
 
 
-def test_a_stream_that_is_closed_leaves_the_voice_whole(voice: Voice) -> None:
+def test_a_closed_stream_does_not_affect_the_next_request(voice: Voice) -> None:
     complete = samples(voice)
     chunks = voice.speak(request(SENTENCE))
     next(chunks)
@@ -215,14 +215,14 @@ def test_a_stream_that_is_closed_leaves_the_voice_whole(voice: Voice) -> None:
     assert np.array_equal(samples(voice), complete)
 
 
-def test_the_time_is_told_by_stage(voice: Voice) -> None:
+def test_time_is_reported_by_stage(voice: Voice) -> None:
     work = Work()
     list(voice.speak(request(work=work)))
     assert set(work.stages) == {"text", "decoder", "codec"}
     assert all(seconds > 0 for seconds in work.stages.values())
 
 
-def test_health_tells_what_runs(voice: Voice) -> None:
+def test_health_reports_what_runs(voice: Voice) -> None:
     samples(voice)
     health = voice.health()
     assert health["device"] == "cpu"
@@ -235,7 +235,7 @@ def test_health_tells_what_runs(voice: Voice) -> None:
     assert health["decoder"]["seconds"] > 0
 
 
-def test_the_longest_request_is_one(voice: Voice) -> None:
+def test_the_longest_request_can_be_spoken(voice: Voice) -> None:
     body = voice.longest_request()["json"]
     assert body["input"] == LONGEST_TEXT
     assert next(voice.speak(request(body["input"], speed=0.5))).size > 0
@@ -247,5 +247,5 @@ def test_defaults_out_of_range_fail_the_start() -> None:
 
 
 def test_a_dtype_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match='dtype = "int3" is unknown'):
+    with pytest.raises(ValueError, match='dtype is unknown: "int3"'):
         Voice(weights=str(FOLDER), dtype="int3").setup("cpu")

@@ -12,8 +12,8 @@ import pytest
 from workers.model.contract import InvalidRequest
 from workers.models.voice.phones import NO_WORD, NUM_SYMBOLS, PAUSE, PHONE_ID, SIGNS
 from workers.models.voice.text import (
-    LONGEST_SENTENCE,
-    LONGEST_WORD,
+    MAX_SENTENCE_LETTERS,
+    MAX_WORD_LETTERS,
     Sentence,
     lexicon,
     normalise,
@@ -160,27 +160,27 @@ def test_long_text_is_split_and_nothing_of_it_is_lost() -> None:
     assert [phone for sentence in found for phone in spoken(sentence)] == complete
 
 
-@pytest.mark.parametrize("longest", [20, 45, 90, LONGEST_SENTENCE])
+@pytest.mark.parametrize("longest", [20, 45, 90, MAX_SENTENCE_LETTERS])
 def test_no_sentence_is_longer_than_asked_for(longest: int) -> None:
     """A phone a letter, counted through a stand-in that knows no word."""
     rng = random.Random(longest)
     nonsense = " ".join(
-        "q" * rng.randint(1, LONGEST_WORD) + rng.choice(["", "", ",", "."]) for _ in range(400)
+        "q" * rng.randint(1, MAX_WORD_LETTERS) + rng.choice(["", "", ",", "."]) for _ in range(400)
     )
     for sentence in sentences(nonsense, by_letter, longest):
-        assert 0 < len(spoken(sentence)) <= max(longest, LONGEST_WORD)
+        assert 0 < len(spoken(sentence)) <= max(longest, MAX_WORD_LETTERS)
 
 
 def test_a_word_of_4_kb_is_said_in_pieces() -> None:
     said: list[str] = []
 
-    def spell(word: str) -> list[str]:
+    def g2p(word: str) -> list[str]:
         said.append(word)
         return by_letter(word)
 
-    found = sentences("q" * 4096, spell)
+    found = sentences("q" * 4096, g2p)
     assert sum(len(spoken(sentence)) for sentence in found) == 4096
-    assert {len(word) for word in said} == {LONGEST_WORD, 4096 % LONGEST_WORD}
+    assert {len(word) for word in said} == {MAX_WORD_LETTERS, 4096 % MAX_WORD_LETTERS}
 
 
 def test_pieces_without_a_letter_are_no_words() -> None:
@@ -237,7 +237,7 @@ def test_any_text_is_spoken_or_refused(seed: int) -> None:
     for _ in range(60):
         alphabet = rng.sample(ALPHABET, rng.randint(1, len(ALPHABET)))
         text = "".join(rng.choices(alphabet, k=rng.choice([1, 3, 10, 40, 200])))
-        longest = rng.choice([1, 20, 45, LONGEST_SENTENCE])
+        longest = rng.choice([1, 20, 45, MAX_SENTENCE_LETTERS])
         try:
             found = sentences(text, by_letter, longest)
         except InvalidRequest:

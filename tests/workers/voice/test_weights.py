@@ -1,4 +1,4 @@
-"""Strict loading: whatever is wrong with a file, the message names the file and the key."""
+"""Strict loading: the message of any error names the file and the key."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def refusal(folder: Path) -> str:
     return message
 
 
-def test_a_whole_folder_loads(tmp_path: Path) -> None:
+def test_a_complete_folder_loads(tmp_path: Path) -> None:
     weights = load(write_voice(tmp_path))
     assert weights.dual_ar.config == CONFIG
     assert weights.chunks == CHUNKS
@@ -44,7 +44,7 @@ def test_a_whole_folder_loads(tmp_path: Path) -> None:
     assert parameters(weights.dual_ar) == parameters(expected)
 
 
-def test_the_fingerprint_tells_any_file_apart(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_every_file(tmp_path: Path) -> None:
     folder = write_voice(tmp_path)
     first = load(folder).fingerprint
     assert load(folder).fingerprint == first
@@ -84,7 +84,7 @@ def test_a_truncated_file(tmp_path: Path, name: str, share: float) -> None:
     ids=["page", "pickle", "noise"],
 )
 @pytest.mark.parametrize("name", SAFETENSORS)
-def test_what_is_no_safetensors_file(tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_file_of_another_format(tmp_path: Path, name: str, content: bytes) -> None:
     path = write_voice(tmp_path) / name
     path.write_bytes(content)
     message = refusal(tmp_path)
@@ -117,7 +117,7 @@ class TestKeys:
         files[file][0][key] = wrong
         message = refusal(write_voice(tmp_path, files))
         assert str(tmp_path / f"{file}.safetensors") in message
-        assert f"{key} is {tuple(wrong.shape)}, {tuple(value.shape)} is expected" in message
+        assert f"{key} has shape {tuple(wrong.shape)}, expected {tuple(value.shape)}" in message
 
 
 @pytest.mark.parametrize("file", ["dual_ar", "g2p", "pitch"])
@@ -170,7 +170,7 @@ def test_chunks_that_do_not_fit(tmp_path: Path, chunks: str | None) -> None:
     assert "chunks" in message
 
 
-def test_weights_in_half_precision_load_into_whole(tmp_path: Path) -> None:
+def test_half_precision_weights_load_as_float32(tmp_path: Path) -> None:
     files = tiny_files()
     tensors, metadata = files["dual_ar"]
     halved = {name: value.to(torch.bfloat16) for name, value in tensors.items()}

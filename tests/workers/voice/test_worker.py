@@ -24,7 +24,7 @@ MISSING = [name for name in FILES if not (FOLDER / name).exists()]
 shipped = pytest.mark.skipif(bool(MISSING), reason=f"{FOLDER} lacks {', '.join(MISSING)}")
 TARGET = "workers.models.voice:Voice"
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""As slots are started."""
+"""The environment of workers in slots."""
 SENTENCE = "The quick brown fox jumps over the lazy dog."
 
 
@@ -51,7 +51,7 @@ def speak(worker: WorkerProcess, text: str = "Hello there.", **body: Any) -> htt
 
 
 def frames(worker: WorkerProcess) -> int:
-    """Decoded so far; a worker that is busy tells what it told last."""
+    """Return the frames decoded so far; a busy worker reports its last known number."""
     return int(worker.health()["decoder"]["frames"])
 
 
@@ -70,11 +70,11 @@ def test_speech_in_a_wav(worker: WorkerProcess) -> None:
 
 
 @shipped
-def test_the_time_is_told_by_stage(worker: WorkerProcess) -> None:
+def test_time_is_reported_by_stage(worker: WorkerProcess) -> None:
     answer = speak(worker, response_format="wav", stream=False)
-    told = dict(re.findall(r"(\w+);dur=([\d.]+)", answer.headers["server-timing"]))
-    assert {"text", "decoder", "codec"} <= set(told)
-    stages = sum(float(told[name]) for name in ("text", "decoder", "codec"))
+    durations = dict(re.findall(r"(\w+);dur=([\d.]+)", answer.headers["server-timing"]))
+    assert {"text", "decoder", "codec"} <= set(durations)
+    stages = sum(float(durations[name]) for name in ("text", "decoder", "codec"))
     assert 0 < stages <= float(answer.headers["x-inference-time-ms"]) * 1.01
     name = "gpufarm_stage_duration_seconds_count"
     eventually(
@@ -85,7 +85,7 @@ def test_the_time_is_told_by_stage(worker: WorkerProcess) -> None:
 
 @shipped
 @pytest.mark.parametrize("temperature", [0, 0.8])
-def test_two_workers_speak_alike(
+def test_two_workers_give_the_same_audio(
     pair: tuple[WorkerProcess, WorkerProcess], temperature: float
 ) -> None:
     options = {"response_format": "pcm", "seed": 42, "temperature": temperature}
@@ -97,7 +97,7 @@ def test_two_workers_speak_alike(
 
 
 @shipped
-def test_streamed_samples_are_those_of_the_whole(worker: WorkerProcess) -> None:
+def test_streamed_samples_equal_the_complete_response(worker: WorkerProcess) -> None:
     streamed = speak(worker, SENTENCE, response_format="wav", seed=7)
     assert "content-length" not in streamed.headers
     complete = speak(worker, SENTENCE, response_format="wav", seed=7, stream=False)
@@ -116,7 +116,7 @@ def test_the_first_example_of_a_client_library_is_spoken(worker: WorkerProcess) 
 
 @shipped
 def test_audio_arrives_while_frames_are_being_decoded(worker: WorkerProcess) -> None:
-    """Asked after the first bytes have come, the worker says that the request still runs."""
+    """After the first bytes, the worker's health shows the request as running."""
     served = worker.health()["served"]
     body = {"input": " ".join([SENTENCE] * 8), "response_format": "pcm"}
     with worker.client.stream("POST", "/v1/audio/speech", json=body) as answer:
@@ -138,13 +138,13 @@ LONG = {
 
 @shipped
 @pytest.mark.parametrize("name", LONG)
-def test_who_leaves_a_long_speech_frees_the_worker(worker: WorkerProcess, name: str) -> None:
+def test_a_disconnect_during_long_speech_frees_the_worker(worker: WorkerProcess, name: str) -> None:
     body = {"input": LONG[name][:10_000], "response_format": "pcm"}
     before = frames(worker)
     with worker.client.stream("POST", "/v1/audio/speech", json=body) as answer:
         assert answer.status_code == 200
         assert next(answer.iter_raw())
-    eventually(lambda: worker.standing() == (0, 0), "the end of a speech that nobody hears")
+    eventually(lambda: worker.standing() == (0, 0), "the end of the abandoned request")
     eventually(lambda: frames(worker) > before, "a fresh report")
     # All of it is minutes of speech at 40 frames a second.
     assert frames(worker) - before < 3000
@@ -165,7 +165,7 @@ def test_who_leaves_a_long_speech_frees_the_worker(worker: WorkerProcess, name: 
         ({"input": "Hi.", "voice": "zoe"}, "slt"),
     ],
 )
-def test_what_cannot_be_spoken_is_answered_clearly(
+def test_unspeakable_input_gets_a_clear_error(
     worker: WorkerProcess, response_format: str, body: dict[str, Any], said: str
 ) -> None:
     answer = worker.client.post(
@@ -184,7 +184,7 @@ def test_short_and_odd_input_is_spoken(worker: WorkerProcess, text: str) -> None
 
 
 @shipped
-def test_health_tells_what_really_runs(worker: WorkerProcess) -> None:
+def test_health_reports_what_runs(worker: WorkerProcess) -> None:
     health = worker.health()
     assert health["device"] == "cpu"
     assert health["dtype"] == "float32"
@@ -197,7 +197,7 @@ def test_health_tells_what_really_runs(worker: WorkerProcess) -> None:
 
 
 def fails(folder: Path, args: dict[str, Any]) -> str:
-    """The one line that a worker leaves that cannot load."""
+    """Return the one log line of a worker that fails to load."""
     worker = WorkerProcess(folder, TARGET, args, environment=ONE_THREAD)
     try:
         assert worker.wait() == 1, worker.log  # a file or a device may be there at the next start
@@ -213,7 +213,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert str(folder / "pitch.safetensors") in fails(tmp_path, {"weights": str(folder)})
 
 
-def test_a_graph_that_is_none_is_named(tmp_path: Path) -> None:
+def test_an_invalid_graph_is_named(tmp_path: Path) -> None:
     folder = write_voice(tmp_path / "voice")
     assert str(folder / "codec_decoder.onnx") in fails(tmp_path, {"weights": str(folder)})
 
@@ -223,11 +223,11 @@ def test_a_graph_that_is_none_is_named(tmp_path: Path) -> None:
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(),
     reason="this onnxruntime has GPU providers",
 )
-def test_a_provider_that_is_required_and_missing_is_no_start(tmp_path: Path) -> None:
+def test_a_missing_required_provider_fails_the_start(tmp_path: Path) -> None:
     line = fails(tmp_path, {"weights": str(FOLDER), "require": "gpu"})
     for part in ('require = "gpu"', "tensorrt: ", "cuda: ", "onnxruntime-gpu"):
         assert part in line
 
 
-def test_a_setting_out_of_range_is_no_start(tmp_path: Path) -> None:
+def test_a_setting_out_of_range_fails_the_start(tmp_path: Path) -> None:
     assert "temperature = 9" in fails(tmp_path, {"temperature": 9})

@@ -1,4 +1,4 @@
-"""A voice of no sense and little size: random weights, in files like the real one's."""
+"""A tiny voice of random weights, in files like the real one's."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def tiny_files() -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
 def write_voice(
     folder: Path, files: dict[str, tuple[dict[str, Tensor], dict[str, str]]] | None = None
 ) -> Path:
-    """A whole folder; the codec's decoder is no graph, only a file."""
+    """Write all files; that of the codec's decoder is not a graph."""
     folder.mkdir(exist_ok=True)
     for name, (tensors, metadata) in (files or tiny_files()).items():
         kept = {key: value.contiguous() for key, value in tensors.items()}

@@ -4,10 +4,10 @@ A small convolutional network smooths the dequantised codes into a log-mel spect
 waveform starts as an excitation (a train of harmonics where the speech is voiced, noise where it
 is not) and is brought to that spectrogram in a few rounds: transform, compare the energy in each
 mel band with what it should be, correct every bin by its band's error, transform back. Phases stay
-the excitation's, so they run on smoothly from chunk to chunk.
+the excitation's, so they continue smoothly from chunk to chunk.
 
-Fourier transforms are convolutions with fixed kernels, so that the exported graph holds nothing
-that a provider could not take. The excitation is an input: the same codes and excitation give the
+Fourier transforms are convolutions with fixed kernels, so that all providers support every
+operator of the exported graph. The excitation is an input: the same codes and excitation give the
 same samples.
 """
 
@@ -35,19 +35,19 @@ PITCH_BOOK = 1
 """The codebook that holds pitch and voicing; the others add up to the spectrogram."""
 BINS = N_FFT // 2 + 1
 ROUNDS = 8
-QUIETEST = 1e-7
+MIN_POWER = 1e-7
 """Power below which a band is not corrected further."""
 
 
 def _analysis() -> Tensor:
-    """(2 * BINS, 1, WINDOW): real and imaginary rows of the windowed transform."""
+    """Return real and imaginary rows of the windowed transform: (2 * BINS, 1, WINDOW)."""
     angle = 2 * math.pi / N_FFT * np.outer(np.arange(BINS), np.arange(WINDOW))
     rows = np.concatenate([np.cos(angle), -np.sin(angle)]) * window()
     return torch.from_numpy(rows).float().unsqueeze(1)
 
 
 def _synthesis() -> Tensor:
-    """(2 * BINS, 1, WINDOW): rows of the windowed inverse transform."""
+    """Return the rows of the windowed inverse transform: (2 * BINS, 1, WINDOW)."""
     angle = 2 * math.pi / N_FFT * np.outer(np.arange(BINS), np.arange(WINDOW))
     twice = np.full((BINS, 1), 2.0)
     twice[0] = twice[-1] = 1.0
@@ -56,7 +56,7 @@ def _synthesis() -> Tensor:
 
 
 def _between_bands() -> Tensor:
-    """(BINS, N_MELS): a value for each bin from the bands around it, by linear interpolation."""
+    """Return weights (BINS, N_MELS) that interpolate the bands linearly to every bin."""
     bins = np.linspace(0, 1, BINS)
     centres = mel_filters() @ bins
     rows = [np.interp(bins, centres, row) for row in np.eye(N_MELS)]
@@ -74,7 +74,7 @@ class ResidualConv(nn.Module):
 
 
 class CodecDecoder(nn.Module):
-    """codes (batch, frames, books), excitation (batch, samples) -> samples (batch, samples)."""
+    """Decodes codes (batch, frames, books) and an excitation (batch, samples) to its samples."""
 
     analysis: Tensor
     synthesis: Tensor
@@ -117,7 +117,7 @@ class CodecDecoder(nn.Module):
         nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
 
     def dequantise(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """codes -> normalised spectrogram (batch, steps, N_MELS), pitch (batch, steps, 2)."""
+        """Look up codes: normalised spectrogram (batch, steps, N_MELS), pitch (batch, steps, 2)."""
         batch, frames, _ = codes.shape
         pitch = functional.embedding(codes[:, :, PITCH_BOOK], self.pitch_book)
         wide = torch.cat([codes[:, :, :PITCH_BOOK], codes[:, :, PITCH_BOOK + 1 :]], dim=2)
@@ -125,7 +125,7 @@ class CodecDecoder(nn.Module):
         return mel.view(batch, frames * STEPS, N_MELS), pitch.view(batch, frames * STEPS, 2)
 
     def spectrogram(self, codes: Tensor) -> Tensor:
-        """codes -> smoothed normalised spectrogram (batch, steps, N_MELS)."""
+        """Return the smoothed normalised spectrogram of codes: (batch, steps, N_MELS)."""
         mel, pitch = self.dequantise(codes)
         x = torch.cat([mel, pitch], dim=2).transpose(1, 2)
         found = self.leave(functional.silu(self.blocks(self.enter(x))))
@@ -133,7 +133,7 @@ class CodecDecoder(nn.Module):
 
     def forward(self, codes: Tensor, excitation: Tensor) -> Tensor:
         log_mel = self.spectrogram(codes) * self.mel_scale + self.mel_mean
-        wanted = (log_mel.exp() - 0.9 * FLOOR).clamp(min=QUIETEST).log()
+        wanted = (log_mel.exp() - 0.9 * FLOOR).clamp(min=MIN_POWER).log()
         samples = excitation.shape[1]
         wave = excitation.unsqueeze(1)
         ones = torch.ones_like(log_mel[:, :, :1]).transpose(1, 2)

@@ -12,8 +12,8 @@ from workers.engines.cuda_graph import GraphEngine
 from workers.model.contract import Work
 from workers.models.voice.dual_ar import Block, DualAR, KVCache
 from workers.models.voice.sampling import (
-    COLDEST,
-    REMEMBERED,
+    MIN_TEMPERATURE,
+    PENALTY_WINDOW,
     Sampling,
     choose,
     draw_noise,
@@ -58,7 +58,7 @@ class Buffers:
 
 
 class FrameDecoder:
-    """Decodes one sentence after another. Of one thread, for one request at a time."""
+    """Decodes sentences one after another, in one thread and for one request at a time."""
 
     def __init__(self, model: DualAR, device: torch.device, dtype: torch.dtype) -> None:
         self.model = model.to(device=device, dtype=dtype).eval()
@@ -72,7 +72,7 @@ class FrameDecoder:
         self._weight_bytes = self._weights_read()
         self._places = torch.arange(longest, device=device)
         self._fast_at = torch.arange(model.config.num_codebooks, device=device)
-        self._back = torch.arange(1, REMEMBERED + 1, device=device)
+        self._back = torch.arange(1, PENALTY_WINDOW + 1, device=device)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -85,18 +85,22 @@ class FrameDecoder:
     def decode(
         self, conditions: Tensor, sampling: Sampling, seed: int, work: Work
     ) -> Iterator[Tensor]:
-        """(frames, dim) -> the codes so far after each frame, (frames so far, num_codebooks).
+        """Decode (frames, dim); yield the codes so far after each frame, (frames, num_codebooks).
 
-        The tensors are views of the buffer. Raises Cancelled between two frames when nobody
-        waits any more, and ValueError for more than max_seq_len frames.
+        The tensors are views of the buffer. Raises Cancelled between two frames when the client
+        has disconnected, and ValueError for more than max_seq_len frames.
         """
-        b, frames, most = self.buffers, len(conditions), self.model.config.max_seq_len
-        if frames > most:
-            raise ValueError(f"{frames} frames are too many; split the text below {most}")
+        b, frames, max_frames = self.buffers, len(conditions), self.model.config.max_seq_len
+        if frames > max_frames:
+            raise ValueError(
+                f"sentence has too many frames: {frames}; split the text below {max_frames}"
+            )
         b.conditions[:frames].copy_(conditions)
-        if sampling.temperature > COLDEST:  # else it plays no part, and drawing it takes time
+        if (
+            sampling.temperature > MIN_TEMPERATURE
+        ):  # else the noise is unused, and drawing it takes time
             b.noise[:frames].copy_(draw_noise(seed, (frames, *b.noise.shape[1:])))
-        b.temperature.fill_(max(sampling.temperature, COLDEST))
+        b.temperature.fill_(max(sampling.temperature, MIN_TEMPERATURE))
         b.top_p.fill_(sampling.top_p)
         b.repetition_penalty.fill_(sampling.repetition_penalty)
         b.position.zero_()
@@ -108,7 +112,7 @@ class FrameDecoder:
             yield b.codes[: frame + 1]
 
     def frame_bytes(self, position: int) -> int:
-        """Bytes of weights and of keys and values that the frame at ``position`` has to read.
+        """Return the bytes of weights, keys and values that the frame at ``position`` reads.
 
         The floor of batch-1 decoding is these bytes over the device's memory bandwidth. The fast
         layers are counted once a pass, though a cache may keep them.
@@ -121,7 +125,7 @@ class FrameDecoder:
         return self._weight_bytes + (slow_kv + fast_kv) * size
 
     def _weights_read(self) -> int:
-        """Counted once: walking the parameters costs more than a frame should pay."""
+        """Count the bytes of weights; once, because walking the parameters slows a frame down."""
         m, size = self.model, self.dtype.itemsize
         slow = sum(p.numel() for p in (*m.layers.parameters(), *m.output.parameters()))
         fast = sum(p.numel() for p in m.fast_layers.parameters())

@@ -1,7 +1,7 @@
-"""The DualAR decoder: a slow transformer a frame, a fast transformer a codebook.
+"""The DualAR decoder: a slow transformer for each frame, a fast one for each codebook.
 
-The anatomy and the configuration names are fish-speech's. Two things differ. The text does not
-stand before the frames as a prefix: a small encoder reads the sentence's phones, durations are
+The anatomy and the configuration names are fish-speech's. Two things differ. The text is no
+prefix of the frames: a small encoder reads the sentence's phones, durations are
 predicted for them, and every frame is conditioned on the phones it falls into, so the length is
 known before the first frame. And the first fast pass takes the slow hidden state and the first
 code together, so a frame of C codebooks is one slow pass and C - 1 fast ones.
@@ -50,11 +50,13 @@ class DualARConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> DualARConfig:
-        """Raises ValueError for a key that this version does not know, or one that is missing."""
+        """Read a stored configuration. Raises ValueError for unknown or missing keys."""
         known = {field.name for field in fields(cls)}
         if known != values.keys():
             odd = ", ".join(sorted(known ^ values.keys()))
-            raise ValueError(f"the model's configuration and this version disagree on: {odd}")
+            raise ValueError(
+                f"configuration has missing or unknown keys: {odd}; use weights of this version"
+            )
         return cls(**values)
 
 
@@ -69,7 +71,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(length: int, head_dim: int, base: float) -> Tensor:
-    """(length, 2, head_dim): factors of a position's values and of their other halves."""
+    """Return (length, 2, head_dim): factors of a position's values and of their other halves."""
     rates = base ** (-torch.arange(0, head_dim, 2).float() / head_dim)
     angles = torch.outer(torch.arange(length).float(), rates)
     cos, sin = angles.cos(), angles.sin()
@@ -77,7 +79,7 @@ def rope_table(length: int, head_dim: int, base: float) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn (..., time, head_dim) by ``table`` (time, 2, head_dim), of the same dtype."""
+    """Rotate (..., time, head_dim) by ``table`` (time, 2, head_dim), of the same dtype."""
     return torch.addcmul(x * table[:, 0], x.roll(x.shape[-1] // 2, -1), table[:, 1])
 
 
@@ -89,7 +91,7 @@ class KVCache:
     v: Tensor
 
     def first(self, length: int) -> KVCache:
-        """The beginning, as a view: a short sentence need not read a long one's cache."""
+        """Return the first positions as a view, so that a short sentence reads a short cache."""
         return KVCache(self.k[:, :, :length], self.v[:, :, :length])
 
     @classmethod
@@ -112,7 +114,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.n_head * config.head_dim, config.dim, bias=False)
 
     def split(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(batch, time, dim) -> queries, keys (both rotated) and values by head."""
+        """Project (batch, time, dim) to queries, keys (both rotated) and values by head."""
         c = self.config
         parts = self.wqkv(x).view(*x.shape[:2], -1, c.head_dim).transpose(1, 2)
         q, k, v = parts.split([c.n_head, c.n_local_heads, c.n_local_heads], dim=1)
@@ -132,7 +134,7 @@ class Attention(nn.Module):
     def step(
         self, x: Tensor, rope: Tensor, cache: KVCache, at: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """One position: write its key and value at ``at`` (1,), attend to the whole cache given.
+        """Compute one position: write its key and value at ``at`` (1,), attend to all of ``cache``.
 
         ``mask``: (length of the cache,), 0 where the position may look and -inf elsewhere; None
         lets it look everywhere.
@@ -186,7 +188,7 @@ class Block(nn.Module):
 
 
 class DualAR(nn.Module):
-    """The network's parts; ``workers.models.voice.engine`` runs them a frame at a time."""
+    """The network's parts; ``workers.models.voice.decoding`` runs them a frame at a time."""
 
     rope: Tensor
     book_offsets: Tensor
@@ -214,7 +216,7 @@ class DualAR(nn.Module):
         self.fast_layers = nn.ModuleList(Block(c) for _ in range(c.n_fast_layer))
         self.fast_norm = RMSNorm(c.dim, c.norm_eps)
         self.fast_output = nn.Parameter(torch.empty(fast_books, c.codebook_size, c.dim))
-        """One head a codebook: their entries mean different things."""
+        """One head for each codebook, whose entries have different meanings."""
 
         self.register_buffer(
             "rope", rope_table(max(c.max_seq_len, 1024), c.head_dim, c.rope_base), persistent=False
@@ -237,7 +239,7 @@ class DualAR(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def read(self, symbols: Tensor, sign: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """(batch, phones) and (batch,) -> (batch, phones, dim); ``lengths`` masks the padding."""
+        """Encode (batch, phones), (batch,) to (batch, phones, dim); ``lengths`` masks padding."""
         x = self.embeddings(symbols) + self.sign_embeddings(sign).unsqueeze(1)
         mask = None
         if lengths is not None:
@@ -249,11 +251,11 @@ class DualAR(nn.Module):
         return self.text_norm(x)  # type: ignore[no-any-return]
 
     def durations(self, read: Tensor) -> Tensor:
-        """(batch, phones, dim) -> (batch, phones): natural logarithm of the steps of each phone."""
+        """Predict the natural logarithm of each phone's steps: (batch, phones)."""
         return self.duration(read).squeeze(-1)  # type: ignore[no-any-return]
 
     def condition(self, read: Tensor, phone_of: Tensor, places: Tensor) -> Tensor:
-        """What each frame is to say: (batch, frames, dim).
+        """Return the conditions of each frame: (batch, frames, dim).
 
         ``phone_of``: (batch, frames, PLACES_IN_FRAME), the phone that each step falls into;
         ``places``: (batch, frames, PLACES_IN_FRAME, 3), see ``timing.Timing``.
@@ -265,18 +267,21 @@ class DualAR(nn.Module):
         return self.frame_phones(phones) + placed  # type: ignore[no-any-return]
 
     def embed_codes(self, codes: Tensor) -> Tensor:
-        """(..., num_codebooks) -> (..., dim)."""
+        """Embed codes (..., num_codebooks) to (..., dim)."""
         return self.codebook_embeddings(codes + self.book_offsets).sum(-2)  # type: ignore[no-any-return]
 
     def slow(self, x: Tensor) -> Tensor:
-        """Training: all frames of a batch at once, (batch, frames, dim) -> hidden states."""
+        """Compute hidden states of all frames at once, as in training: (batch, frames, dim)."""
         rope = self.rope[: x.shape[1]]
         for layer in self.layers:
             x = layer(x, rope, causal=True)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def fast(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """Training: (n, dim) and (n, num_codebooks) -> logits (n, num_codebooks - 1, size)."""
+        """Compute logits of all codebooks but the first at once, as in training.
+
+        (n, dim) and (n, num_codebooks) -> (n, num_codebooks - 1, size).
+        """
         known = self.fast_embeddings(codes[:, :-1] + self.book_offsets[:-1])
         first = (hidden + known[:, 0]).unsqueeze(1)
         x = torch.cat([first, known[:, 1:]], dim=1)

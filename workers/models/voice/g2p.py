@@ -1,4 +1,4 @@
-"""Words outside the lexicon: a small network that says one chunk of phones for every letter."""
+"""Grapheme to phoneme: a small network that predicts a chunk of phones for every letter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_CHUNKS = 512
 
 
 class G2P(nn.Module):
-    """letters (batch, length) -> scores (batch, length, MAX_CHUNKS)."""
+    """Scores the chunks of letters (batch, length): (batch, length, MAX_CHUNKS)."""
 
     def __init__(self, width: int = 128, layers: int = 3) -> None:
         super().__init__()
@@ -31,8 +31,8 @@ class G2P(nn.Module):
 
 
 @torch.no_grad()
-def spell(network: G2P, chunks: list[str], word: str) -> list[str]:
-    """The phones of ``word``; ``chunks`` names what each score stands for ("k s1", or "")."""
+def phones_of(network: G2P, chunks: list[str], word: str) -> list[str]:
+    """Predict the phones of ``word``; ``chunks`` are the labels of the scores ("k s1", or "")."""
     letters = [LETTER_ID[letter] for letter in word if letter in LETTER_ID]
     if not letters:
         return []

@@ -1,7 +1,7 @@
-"""Everything with digits in it, spelt out: numbers, money, ordinals, times, years, measures.
+"""Expands everything with digits into words: numbers, money, ordinals, times, years, measures.
 
-One pattern consumes each amount whole, with what belongs to it on both sides, so the time is
-linear in the text's length whatever the text.
+One pattern consumes each amount together with its currency, unit or ending, so the time is linear
+in the length of any text.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ UNITS = {
     "mb": "megabyte", "kb": "kilobyte", "ghz": "gigahertz", "mhz": "megahertz",
     "khz": "kilohertz", "hz": "hertz", "mph": "mile an hour",
 }  # fmt: skip
-LONGEST_NUMBER = 15  # digits; longer ones are said digit by digit
-LONGEST_FRACTION = 15  # digits after the point that are said
+MAX_NUMBER_DIGITS = 15  # digits; longer ones are said digit by digit
+MAX_FRACTION_DIGITS = 15  # digits after the point that are said
 
 _AMOUNT = re.compile(
     rf"""
@@ -46,43 +46,43 @@ _AMOUNT = re.compile(
 )
 
 
-def spell_amounts(text: str) -> str:
-    """Every digit of ``text`` in words; what is not an amount stays as it is."""
+def expand_numbers(text: str) -> str:
+    """Replace every number of ``text`` by words; everything else is unchanged."""
     # Any script's digits are digits.
     text = re.sub(r"[^\D0-9]", lambda m: str(int(m[0])), text)
     text = re.sub(r"(?<=\d)\s*+[*\u00d7]\s*+(?=\d)", " times ", text)
     text = re.sub(r"(?<![\w.])-(?=[$€£¥]?\.?\d)", " minus ", text)
-    return _AMOUNT.sub(_spell, text)
+    return _AMOUNT.sub(_expand, text)
 
 
-def _spell(match: re.Match[str]) -> str:
+def _expand(match: re.Match[str]) -> str:
     found = match.groupdict()
     if found["hour"]:
-        said = _clock(found["hour"], found["minute"], found["half"])
+        spoken = _clock(found["hour"], found["minute"], found["half"])
     elif found["before"] or found["after"]:
         currency = CURRENCIES[found["before"] or found["after"]]
-        said = _money(found["number"], found["scale"], currency)
-        said += _rest(found, "ordinal", "many", "clock", "unit")
+        spoken = _money(found["number"], found["scale"], currency)
+        spoken += _rest(found, "ordinal", "many", "clock", "unit")
     elif found["ordinal"]:
-        said = _ordinal(found["number"], found["ordinal"])
+        spoken = _ordinal(found["number"], found["ordinal"])
     elif found["many"]:
-        said = _plural(_number(found["number"]))
+        spoken = _plural(_number(found["number"]))
     elif found["clock"]:
-        said = f"{_number(found['number'])} {_half(found['clock'])}"
+        spoken = f"{_number(found['number'])} {_half(found['clock'])}"
     elif found["unit"]:
-        said = f"{_number(found['number'])} {_unit(found['number'], found['unit'])}"
+        spoken = f"{_number(found['number'])} {_unit(found['number'], found['unit'])}"
     else:
-        said = f"{_number(found['number'])} {found['scale'] or ''}"
-    return f" {said} "
+        spoken = f"{_number(found['number'])} {found['scale'] or ''}"
+    return f" {spoken} "
 
 
 def _rest(found: dict[str, str | None], *names: str) -> str:
-    """What followed an amount of money and is no part of it: said as it was written."""
+    """Return the endings after an amount of money that do not belong to it, as written."""
     return "".join(f" {found[name]}" for name in names if found[name])
 
 
 def _words(number: int, to: str = "cardinal") -> str:
-    # Imported when first needed: a machine that only measures the decoder needs no num2words.
+    # Imported on first use: benchmarks of the decoder run without num2words.
     from num2words import num2words  # noqa: PLC0415
 
     # Its commas and hyphens would be pauses and letters.
@@ -98,13 +98,13 @@ def _number(written: str) -> str:
     if plain.count(".") > 1:
         return " point ".join(_number(part) for part in plain.split("."))
     whole, _, part = plain.partition(".")
-    if len(whole) > LONGEST_NUMBER or (len(whole) > 1 and whole[0] == "0"):
-        said = _digits(whole)
+    if len(whole) > MAX_NUMBER_DIGITS or (len(whole) > 1 and whole[0] == "0"):
+        spoken = _digits(whole)
     elif plain == written and not part and len(whole) == 4 and 1100 <= int(whole) < 2000:
-        said = _words(int(whole), to="year")
+        spoken = _words(int(whole), to="year")
     else:
-        said = _words(int(whole or "0"))
-    return f"{said} point {_digits(part[:LONGEST_FRACTION])}" if part else said
+        spoken = _words(int(whole or "0"))
+    return f"{spoken} point {_digits(part[:MAX_FRACTION_DIGITS])}" if part else spoken
 
 
 def _money(written: str, scale: str | None, currency: tuple[str, str]) -> str:
@@ -118,8 +118,8 @@ def _money(written: str, scale: str | None, currency: tuple[str, str]) -> str:
         if not whole.strip("0"):
             return cents
     one = whole.lstrip("0") == "1"
-    said = f"{_number(whole or '0')} {name if one else _many(name)}"
-    return f"{said} and {cents}" if cents else said
+    spoken = f"{_number(whole or '0')} {name if one else _many(name)}"
+    return f"{spoken} and {cents}" if cents else spoken
 
 
 def _many(noun: str) -> str:
@@ -135,15 +135,15 @@ def _unit(written: str, unit: str) -> str:
 
 def _ordinal(written: str, ending: str) -> str:
     plain = written.replace(",", "")
-    if len(plain) > LONGEST_NUMBER or "." in plain:
+    if len(plain) > MAX_NUMBER_DIGITS or "." in plain:
         return f"{_number(written)} {ending}"
     return _words(int(plain), to="ordinal")
 
 
-def _plural(said: str) -> str:
-    if said.endswith("y"):
-        return f"{said[:-1]}ies"
-    return f"{said}es" if said.endswith("x") else f"{said}s"
+def _plural(spoken: str) -> str:
+    if spoken.endswith("y"):
+        return f"{spoken[:-1]}ies"
+    return f"{spoken}es" if spoken.endswith("x") else f"{spoken}s"
 
 
 def _half(letter: str) -> str:
@@ -152,9 +152,9 @@ def _half(letter: str) -> str:
 
 
 def _clock(hour: str, minute: str, half: str | None) -> str:
-    said = _words(int(hour))
+    spoken = _words(int(hour))
     if int(minute):
-        said += f" oh {_words(int(minute))}" if minute[0] == "0" else f" {_words(int(minute))}"
+        spoken += f" oh {_words(int(minute))}" if minute[0] == "0" else f" {_words(int(minute))}"
     elif not half:
-        said += " o'clock"
-    return f"{said} {_half(half)}" if half else said
+        spoken += " o'clock"
+    return f"{spoken} {_half(half)}" if half else spoken

@@ -1,4 +1,4 @@
-"""The symbols that the voice speaks in: the teacher's phones, with stress and place in the word."""
+"""The input symbols of the voice: the teacher's phones, with stress and position in the word."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CONSONANTS = tuple("b ch d dh f g hh jh k l m n ng p r s sh t th v w y z zh".spl
 PHONES = [PAUSE, *VOWELS, *CONSONANTS]
 PHONE_ID = {phone: number for number, phone in enumerate(PHONES)}
 SIGNS = ".?!"
-"""How a sentence ends; the teacher's melody follows it."""
+"""Ends of sentences; they decide the melody."""
 
 NO_WORD, INSIDE, FIRST, LAST, ONLY = range(5)
 PLACES = 5
@@ -23,11 +23,11 @@ class Phone:
     name: str
     stressed: bool
     place: int
-    """Where in its word: NO_WORD for a pause, else INSIDE, FIRST, LAST or ONLY."""
+    """Position in its word: NO_WORD for a pause, else INSIDE, FIRST, LAST or ONLY."""
 
     @property
     def symbol(self) -> int:
-        """Below NUM_SYMBOLS: phone, stress and place as one number."""
+        """Return phone, stress and place as one number below NUM_SYMBOLS."""
         return (PHONE_ID[self.name] * 2 + self.stressed) * PLACES + self.place
 
 
@@ -35,7 +35,7 @@ NUM_SYMBOLS = len(PHONES) * 2 * PLACES
 
 
 def place(index: int, length: int) -> int:
-    """The place of phone ``index`` in a word of ``length`` phones."""
+    """Return the place of phone ``index`` in a word of ``length`` phones."""
     if length == 1:
         return ONLY
     return FIRST if index == 0 else LAST if index == length - 1 else INSIDE

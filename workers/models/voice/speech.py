@@ -16,11 +16,11 @@ from torch import Tensor
 
 from workers.engines.onnx_runtime import OnnxEngine, Options, Profile
 from workers.model.contract import Audio, InvalidRequest, SpeechRequest, Work
-from workers.models.voice import text as written
+from workers.models.voice import text
 from workers.models.voice.codec_decoder import PITCH_BOOK
 from workers.models.voice.decoding import FrameDecoder
 from workers.models.voice.excitation import PitchBook, excitation
-from workers.models.voice.g2p import spell
+from workers.models.voice.g2p import phones_of
 from workers.models.voice.phones import SIGNS
 from workers.models.voice.sampling import Sampling
 from workers.models.voice.spectrum import HOP, SAMPLE_RATE, STEPS
@@ -30,19 +30,19 @@ from workers.models.voice.weights import DATA, Weights, dtype_of, load
 FRAME = HOP * STEPS
 """Samples of one frame."""
 CONTEXT = 8
-"""Frames on each side of a chunk that the codec's decoder sees beside it."""
+"""Frames on each side of a chunk that the codec's decoder gets as context."""
 CHUNKS = (8, 16, 32)
-"""Frames of the first, second and every further chunk: sound starts early, then little is
-decoded twice. Streamed or not, a sentence is cut alike, so the samples are the same."""
-FASTEST, SLOWEST = 1.0, 80.0  # steps of a phone
+"""Frames of the first, second and every further chunk: audio starts early, then few frames are
+decoded twice. The cuts do not depend on streaming, so the samples are the same."""
+MIN_STEPS, MAX_STEPS = 1.0, 80.0  # steps of a phone
 LONGEST_TEXT = " ".join(["the longest sentence that sizing has to know about"] * 3)
 
 ALLOWED = {"temperature": (0.0, 2.0), "top_p": (0.01, 1.0), "repetition_penalty": (0.5, 2.0)}
-"""What a request may set, and from where to where."""
+"""Settings of a request, with their ranges."""
 
 
 class Voice:
-    """flite's ``slt``, learnt by a DualAR decoder; see the model card."""
+    """flite's ``slt``, learned by a DualAR decoder; see the model card."""
 
     sample_rate = SAMPLE_RATE
     voices: ClassVar[list[str]] = ["slt"]
@@ -60,7 +60,7 @@ class Voice:
         """``dtype``: of the DualAR decoder; float32 on a CPU and bfloat16 on a GPU by default.
 
         ``require``: which provider must run the codec's decoder (``engines.onnx.REQUIREMENTS``).
-        The last three are what a request that names none gets.
+        The last three are defaults for requests that do not set them.
         """
         self.folder = Path(weights) if weights else DATA
         self.dtype_name, self.require = dtype, require
@@ -95,8 +95,8 @@ class Voice:
                 },
             ),
         )
-        self.spell = partial(spell, self.weights.g2p, self.weights.chunks)
-        written.lexicon()
+        self.g2p = partial(phones_of, self.weights.g2p, self.weights.chunks)
+        text.lexicon()
 
     def warm_up(self) -> None:
         """Capture the graphs and speak once, so that the first request finds everything ready."""
@@ -108,7 +108,7 @@ class Voice:
         return {"path": "/v1/audio/speech", "json": {"input": LONGEST_TEXT, "speed": 0.5}}
 
     def health(self) -> dict[str, Any]:
-        """What is in use. Bytes over seconds is the bandwidth that the decoder reached."""
+        """Report what is in use. Bytes over seconds is the bandwidth that the decoder reached."""
         decoder = self.decoder
         return {
             "device": str(self.device),
@@ -125,11 +125,11 @@ class Voice:
         }
 
     def speak(self, request: SpeechRequest) -> Iterator[Audio]:
-        """Chunks of mono samples in [-1, 1]; the same for the same text, seed and settings."""
+        """Yield chunks of mono samples in [-1, 1], determined by text, seed and settings."""
         sampling, seed = self._settings(request), request.seed or 0
         with request.work.stage("text"):
-            longest = int(written.LONGEST_SENTENCE * min(1.0, request.speed))
-            sentences = written.sentences(request.input, self.spell, longest)
+            longest = int(text.MAX_SENTENCE_LETTERS * min(1.0, request.speed))
+            sentences = text.sentences(request.input, self.g2p, longest)
         for number, sentence in enumerate(sentences):
             own_seed = (seed * 1_000_003 + number) % 2**63
             with request.work.stage("decoder"):
@@ -143,16 +143,16 @@ class Voice:
         )
 
     @torch.inference_mode()
-    def _conditions(self, sentence: written.Sentence, speed: float) -> Tensor:
-        """What every frame of a sentence is to say: (frames, dim)."""
+    def _conditions(self, sentence: text.Sentence, speed: float) -> Tensor:
+        """Return the conditions of every frame of a sentence: (frames, dim)."""
         model, device = self.weights.dual_ar, self.device
         symbols = torch.tensor([[p.symbol for p in sentence.phones]], device=device)
         sign = torch.tensor([SIGNS.index(sentence.sign)], device=device)
         read = model.read(symbols, sign)
-        steps = model.durations(read)[0].float().exp().clamp(FASTEST, SLOWEST).cpu() / speed
-        most = model.config.max_seq_len * STEPS - 1
-        # A sentence of nothing but long words spoken slowly: rather hurried than cut off.
-        steps *= min(1.0, most / float(steps.sum()))
+        steps = model.durations(read)[0].float().exp().clamp(MIN_STEPS, MAX_STEPS).cpu() / speed
+        max_steps = model.config.max_seq_len * STEPS - 1
+        # A slow sentence of long words may be too long: speed it up instead of cutting it off.
+        steps *= min(1.0, max_steps / float(steps.sum()))
         placed = timing(torch.cumsum(steps, 0).tolist())
         phone_of = placed.phone_of.unsqueeze(0).to(device)
         places = placed.places.unsqueeze(0).to(device)
@@ -161,7 +161,7 @@ class Voice:
     def _codes(
         self, conditions: Tensor, sampling: Sampling, seed: int, work: Work
     ) -> Iterator[Tensor]:
-        """The frame decoder's output, its time counted."""
+        """Yield the frame decoder's output and count its time."""
         frames = self.decoder.decode(conditions, sampling, seed, work)
         while True:
             begun = time.perf_counter()
@@ -175,14 +175,14 @@ class Voice:
     def samples(
         self, codes: Iterator[Tensor], frames: int, seed: int, work: Work
     ) -> Iterator[Audio]:
-        """Codes so far, (frames so far, num_codebooks) again and again, to chunks of samples."""
+        """Yield chunks of samples, given the codes so far after each frame."""
         noise = np.random.default_rng(seed).standard_normal(frames * FRAME, dtype=np.float32)
         start, number = 0, 0
         stop = min(CHUNKS[0], frames)
         for known in codes:
             while start < frames and len(known) >= min(stop + CONTEXT, frames):
                 begun = time.perf_counter()
-                with work.stage("decoder"):  # the frames were only asked for; this waits for them
+                with work.stage("decoder"):  # frames are queued on the device; this waits for them
                     part = known.cpu().numpy()
                 self.decoding_seconds += time.perf_counter() - begun
                 with work.stage("codec"):
@@ -194,7 +194,7 @@ class Voice:
     def _chunk(
         self, codes: NDArray[np.int64], noise: NDArray[np.float32], start: int, stop: int
     ) -> Audio:
-        """The samples of the frames from ``start`` to ``stop``, seen with their context."""
+        """Return the samples of the frames from ``start`` to ``stop``, decoded with context."""
         first, last = max(0, start - CONTEXT), min(len(codes), stop + CONTEXT)
         f0, voicing = self._pitch.contour(codes[:last, PITCH_BOOK])
         source = excitation(f0, voicing, noise[: last * FRAME])[first * FRAME :]
@@ -209,7 +209,7 @@ class Voice:
 
 
 def _sampling(values: dict[str, Any]) -> Sampling:
-    """Raises InvalidRequest naming the value that is no number or out of range."""
+    """Check the settings. Raises InvalidRequest naming a value that is not a number in range."""
     for name, (low, high) in ALLOWED.items():
         value = values[name]
         number = isinstance(value, (int, float)) and not isinstance(value, bool)

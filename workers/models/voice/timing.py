@@ -1,4 +1,4 @@
-"""From the phones' durations to what each frame falls into."""
+"""From phone durations to the phones of each frame."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Timing:
     phone_of: Tensor
     """(frames, STEPS + 1): the phone of each step, and of the next frame's first step."""
     places: Tensor
-    """(frames, STEPS + 1, 3): share of the phone gone, share left, logarithm of its steps."""
+    """(frames, STEPS + 1, 3): share of the phone elapsed and left, logarithm of its steps."""
 
     @property
     def frames(self) -> int:
@@ -26,7 +26,7 @@ class Timing:
 
 
 def timing(ends: list[float]) -> Timing:
-    """``ends``: the end of each phone in steps, ascending; at least one step in all."""
+    """Divide a sentence into frames; ``ends``: the end of each phone in steps, ascending."""
     frames = max(1, math.ceil(ends[-1] / STEPS))
     end = torch.tensor(ends, dtype=torch.float32)
     start = torch.cat([torch.zeros(1), end[:-1]])

@@ -1,4 +1,4 @@
-"""The voice's files: read without pickle, and refused unless every key is the one expected."""
+"""Loading of the voice's files: without pickle, and only with exactly the expected keys."""
 
 from __future__ import annotations
 
@@ -36,30 +36,30 @@ class Weights:
     chunks: list[str]
     codec_decoder: Path
     fingerprint: str
-    """Of all files: the same weights, the same fingerprint."""
+    """Hash of all files."""
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of one safetensors file. Raises WeightsError."""
+    """Read tensors and metadata of one safetensors file. Raises WeightsError."""
     try:
         with safe_open(path, framework="pt") as opened:
             names = list(opened.keys())
             return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
     except OSError as error:
         raise WeightsError(
-            f"{path}: {error.strerror or error}; is the voice's folder whole?"
+            f"{path}: {error.strerror or error}; check that the voice's folder is complete"
         ) from None
     except Exception as error:  # safetensors raises an exception type of its own
         raise WeightsError(f"{path}: not a safetensors file ({error})") from None
 
 
 def check(found: dict[str, Shape], expected: dict[str, Shape], path: Path) -> None:
-    """Raises WeightsError naming the keys that are missing, unexpected or of another shape."""
+    """Raise WeightsError naming the keys that are missing, unexpected or of another shape."""
     wrong = [
         *(f"{name} is missing" for name in sorted(expected.keys() - found.keys())),
         *(f"{name} is unexpected" for name in sorted(found.keys() - expected.keys())),
         *(
-            f"{name} is {found[name]}, {expected[name]} is expected"
+            f"{name} has shape {found[name]}, expected {expected[name]}"
             for name in sorted(expected.keys() & found.keys())
             if expected[name] != found[name]
         ),
@@ -70,7 +70,7 @@ def check(found: dict[str, Shape], expected: dict[str, Shape], path: Path) -> No
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load with every key and shape accounted for; raises WeightsError naming the others."""
+    """Load tensors into a module; raises WeightsError unless keys and shapes match exactly."""
     check(_shapes(tensors), _shapes(module.state_dict()), path)
     dtype = next(module.parameters()).dtype
     module.load_state_dict({name: value.to(dtype) for name, value in tensors.items()}, strict=True)
@@ -81,7 +81,7 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, Shape]:
 
 
 def load(folder: Path = DATA) -> Weights:
-    """Raises WeightsError; the message names the file and what is wrong with it."""
+    """Load all files. Raises WeightsError naming the file and what is wrong with it."""
     digest = hashlib.sha256()
     for name in FILES:
         try:
@@ -102,30 +102,32 @@ def _dual_ar(path: Path) -> DualAR:
     try:
         config = _config(json.loads(metadata["config"]))
     except (KeyError, ValueError) as error:
-        raise WeightsError(f"{path}: its header has no configuration that fits: {error}") from None
+        raise WeightsError(f"{path}: header has no valid configuration: {error}") from None
     model = DualAR(config)
     fill(model, tensors, path)
     return model.eval()
 
 
 def _config(values: Any) -> DualARConfig:
-    """Raises ValueError for what cannot be built, or would not fit the text and the codec."""
+    """Check a configuration. Raises ValueError unless it can be built and fits the text."""
     if not isinstance(values, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it must be a JSON object")
     config = DualARConfig.from_json(values)
     for name, value in values.items():
         whole = isinstance(getattr(DualARConfig, name), int)
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            raise ValueError(f"{name} = {value!r} is no {'whole number' if whole else 'number'}")
+            raise ValueError(
+                f"{name} must be {'an integer' if whole else 'a number'}, got {value!r}"
+            )
         if value < 0 or (value == 0 and name != "dropout"):
-            raise ValueError(f"{name} = {value!r} is too small")
+            raise ValueError(f"{name} must be positive, got {value!r}")
     if config.n_head % config.n_local_heads or config.head_dim % 2:
         raise ValueError(
             f"n_head = {config.n_head} must be a multiple of n_local_heads = "
             f"{config.n_local_heads}, and head_dim = {config.head_dim} even"
         )
     if config.vocab_size != NUM_SYMBOLS:
-        raise ValueError(f"vocab_size = {config.vocab_size}, the text has {NUM_SYMBOLS} symbols")
+        raise ValueError(f"vocab_size must be {NUM_SYMBOLS}, got {config.vocab_size}")
     return config
 
 
@@ -136,18 +138,20 @@ def _g2p(path: Path) -> tuple[G2P, list[str]]:
     try:
         chunks = json.loads(metadata["chunks"])
     except (KeyError, ValueError):
-        raise WeightsError(f"{path}: its header has no list of chunks") from None
+        raise WeightsError(f"{path}: header has no valid list of chunks") from None
     if (
         not isinstance(chunks, list)
         or not 0 < len(chunks) <= MAX_CHUNKS
         or not all(isinstance(chunk, str) for chunk in chunks)
     ):
-        raise WeightsError(f"{path}: its chunks must be a list of 1 to {MAX_CHUNKS} texts")
-    odd = {
+        raise WeightsError(f"{path}: chunks must be a list of 1 to {MAX_CHUNKS} strings")
+    unknown = {
         phone for chunk in chunks for phone in chunk.split() if phone.rstrip("1") not in PHONE_ID
     }
-    if odd:
-        raise WeightsError(f"{path}: its chunks hold unknown phones: {', '.join(sorted(odd)[:5])}")
+    if unknown:
+        raise WeightsError(
+            f"{path}: chunks contain unknown phones: {', '.join(sorted(unknown)[:5])}"
+        )
     return network.eval(), chunks
 
 
@@ -164,8 +168,8 @@ def parameters(module: nn.Module) -> int:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """``float32``, ``bfloat16`` or ``float16``. Raises ValueError."""
+    """Return the dtype ``float32``, ``bfloat16`` or ``float16``. Raises ValueError."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
-        raise ValueError(f'dtype = "{name}" is unknown; use one of {", ".join(known)}')
+        raise ValueError(f'dtype is unknown: "{name}"; use one of {", ".join(known)}')
     return known[name]

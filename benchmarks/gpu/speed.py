@@ -1,4 +1,4 @@
-"""Frames a second, eager and graph in turn, and how fast this device copies memory."""
+"""Frames per second, eager and graph alternating, and the device's copy bandwidth."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import time
 
 import torch
 
+from benchmarks.gpu import subjects
+from benchmarks.gpu.job import GIB, BenchmarkError, Job, Rows
+from benchmarks.gpu.subjects import GREEDY, Subject
 from workers.model.contract import Work
 from workers.models.voice.decoding import FrameDecoder
-from workers.models.voice.gpu_proof import subjects
-from workers.models.voice.gpu_proof.job import GIB, Job, ProofError, Rows
-from workers.models.voice.gpu_proof.subjects import GREEDY, Subject
 
 
-def settle(device: str) -> None:
-    """Wait until the device has done all it was given."""
+def synchronise(device: str) -> None:
+    """Wait until the device has finished its queued work."""
     if device != "cpu":
         torch.cuda.synchronize()
 
 
 def decoding(job: Job) -> Rows:
-    """Rows of the tables ``models`` and ``speed``."""
+    """Yield rows of the tables ``models`` and ``speed``."""
     for name in job.models:
         subject = subjects.load(job, name, job.scale.frames)
         yield {
@@ -31,15 +31,15 @@ def decoding(job: Job) -> Rows:
             "weights": subject.fingerprint,
             "frames": job.scale.frames,
         }
-        yield from _in_turn(job, subject)
+        yield from _alternate(job, subject)
 
 
-def _in_turn(job: Job, subject: Subject) -> Rows:
+def _alternate(job: Job, subject: Subject) -> Rows:
     device = torch.device(job.device)
     graph = FrameDecoder(subject.model, device, subject.dtype)
     graph.warm_up()
     if job.on_gpu and graph.engine.kind != "cuda-graph":
-        raise ProofError(f"the graph engine runs {graph.engine.kind}, not graphs")
+        raise BenchmarkError(f"graphs are not captured: the engine is {graph.engine.kind}")
     eager = FrameDecoder(subject.model, device, subject.dtype)
     with torch.inference_mode():
         eager.engine.warm_up()
@@ -48,7 +48,7 @@ def _in_turn(job: Job, subject: Subject) -> Rows:
     for number in range(-1, job.scale.rounds):
         for mode, decoder in (("eager", eager), ("graph", graph)):
             seconds, whole = _time(decoder, subject, job.device)
-            if number < 0:  # the first of each is for warming up
+            if number < 0:  # the first of each is a warm-up
                 continue
             yield {
                 "table": "speed",
@@ -66,36 +66,39 @@ def _in_turn(job: Job, subject: Subject) -> Rows:
 
 
 def _time(decoder: FrameDecoder, subject: Subject, device: str) -> tuple[float, float]:
-    """Seconds of all frames but the first, and of the sentence with the drawing of its noise."""
-    settle(device)
+    """Return seconds of all frames but the first, and of the sentence with drawing its noise."""
+    synchronise(device)
     begun = time.perf_counter()
     frames = decoder.decode(subject.conditions, GREEDY, 1, Work())
     next(frames)
-    settle(device)
+    synchronise(device)
     first = time.perf_counter()
     for _ in frames:
         pass
-    settle(device)
+    synchronise(device)
     ended = time.perf_counter()
     return ended - first, ended - begun
 
 
 def copying(job: Job) -> Rows:
-    """Rows of the table ``bandwidth``: bytes read and written by a copy within the device."""
+    """Yield rows of the table ``bandwidth``: bytes read and written by a copy on the device."""
     size = job.scale.copied
     if job.on_gpu:
         size = min(size, torch.cuda.mem_get_info()[0] // 4)
         if size < GIB // 16:
-            raise ProofError(f"too little free memory to copy any: {4 * size} bytes")
+            raise BenchmarkError(
+                f"free device memory is too small for copies: {4 * size} bytes; "
+                "stop other processes on the device"
+            )
     source = torch.ones(size, dtype=torch.uint8, device=job.device)
     target = torch.empty_like(source)
     for _ in range(3):
         target.copy_(source)
     for number in range(job.scale.copies):
-        settle(job.device)
+        synchronise(job.device)
         begun = time.perf_counter()
         target.copy_(source)
-        settle(job.device)
+        synchronise(job.device)
         seconds = time.perf_counter() - begun
         yield {
             "table": "bandwidth",

@@ -1,4 +1,4 @@
-"""What one worker and a second one take of the device, against what torch says it has taken."""
+"""Memory that a first and a second worker take of the device, and what torch reports of it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from workers.models.voice.gpu_proof.crew import Crew, crew
-from workers.models.voice.gpu_proof.job import Job, ProofError, Row, Rows
-from workers.models.voice.gpu_proof.meter import Meter, meter_of
+from benchmarks.gpu.job import BenchmarkError, Job, Row, Rows
+from benchmarks.gpu.meter import Meter, meter_of
+from benchmarks.gpu.pool import WorkerPool, worker_pool
 
 INTERVAL = 0.05  # seconds: 20 Hz
 
 
-class Watch:
-    """Samples of the memory taken, each with the phase it fell into."""
+class MemorySampler:
+    """Samples the memory in use, each sample with its phase."""
 
-    def __init__(self, meter: Meter, workers: Crew) -> None:
+    def __init__(self, meter: Meter, workers: WorkerPool) -> None:
         self.meter, self.workers = meter, workers
         self.phase = "baseline"
         self.samples: list[Row] = []
@@ -28,10 +28,12 @@ class Watch:
         return max((s["bytes"] for s in self.samples if s["phase"] in phases), default=0)
 
     def last(self, phase: str) -> int:
-        """Raises ProofError when the driver told nothing of that phase."""
+        """Return the last sample of a phase. Raises BenchmarkError when it has none."""
         found = [s["bytes"] for s in self.samples if s["phase"] == phase]
         if not found:
-            raise ProofError(f"no sample of the memory while {phase}: {self.failed or 'too short'}")
+            raise BenchmarkError(
+                f"no sample of the memory while {phase}: {self.failed or 'too short'}"
+            )
         return int(found[-1])
 
     @contextmanager
@@ -59,43 +61,42 @@ class Watch:
 
 
 def run(job: Job) -> Rows:
-    """Rows of the tables ``memory`` (every sample), ``footprint`` and ``codec``."""
+    """Yield rows of the tables ``memory`` (every sample), ``footprint`` and ``codec``."""
     meter = meter_of(job.uuid)
-    with crew("speech", job, "footprint") as workers:
-        watch = Watch(meter, workers)
-        with watch.running():
+    with worker_pool("speech", job, "footprint") as workers:
+        sampler = MemorySampler(meter, workers)
+        with sampler.running():
             time.sleep(job.scale.rest)
             for number in (1, 2):
-                watch.phase = f"{number} starting"
-                workers.hire(1)
-                watch.phase = f"{number} speaking"
+                sampler.phase = f"{number} starting"
+                workers.start(1)
+                sampler.phase = f"{number} speaking"
                 workers.members[-1].ask(do="once")
-                watch.phase = f"{number} resting"
+                sampler.phase = f"{number} resting"
                 time.sleep(job.scale.rest)
-            torch_says = [member.ask(do="memory") for member in workers.members]
-        told = workers.members[0].told
-    yield from watch.samples
+            torch_memory = [member.ask(do="memory") for member in workers.members]
+        health = workers.members[0].ready["health"]
+    yield from sampler.samples
     before = 0
-    for number, said in enumerate(torch_says, 1):
-        steady = watch.last(f"{number} resting")
-        most = watch.most(*(f"{number} {what}" for what in ("starting", "speaking", "resting")))
-        reserved = said.get("reserved")
+    for number, reported in enumerate(torch_memory, 1):
+        steady = sampler.last(f"{number} resting")
+        most = sampler.most(*(f"{number} {what}" for what in ("starting", "speaking", "resting")))
+        reserved = reported.get("reserved")
         yield {
             "table": "footprint",
             "worker": number,
             "peak": most - before,
             "steady": steady - before,
             "torch_reserved": reserved,
-            "torch_reserved_most": said.get("reserved_most"),
-            "torch_allocated": said.get("allocated"),
+            "torch_reserved_most": reported.get("reserved_most"),
+            "torch_allocated": reported.get("allocated"),
             "not_torch": None if reserved is None else steady - before - reserved,
-            "ready_seconds": workers.members[number - 1].told["seconds"],
-            "samples": sum(s["phase"].startswith(f"{number} ") for s in watch.samples),
+            "ready_seconds": workers.members[number - 1].ready["seconds"],
+            "samples": sum(s["phase"].startswith(f"{number} ") for s in sampler.samples),
         }
         before = steady
     if job.uuid:
         yield {"table": "returned", "bytes": _returned(meter)}
-    health = told["told"]
     codec = health["codec_decoder"]
     yield {
         "table": "codec",
@@ -108,7 +109,7 @@ def run(job: Job) -> Rows:
 
 
 def _returned(meter: Meter) -> int:
-    """Bytes still taken once all workers have ended, after a moment for the driver."""
+    """Return the bytes still in use after all workers have exited and the driver has caught up."""
     deadline = time.monotonic() + 5
     while (left := meter.used([])) > 1 << 26 and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,39 +1,39 @@
-"""What one section of the proof is told, and what it gives back."""
+"""The job of one section, and its outcome."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 Rows = Iterator[Row]
-"""What a section finds, as it finds it; each row names its ``table``."""
+"""Results of a section as they are measured; each row names its ``table``."""
 GIB = 1 << 30
 
 
-class ProofError(Exception):
-    """Something that was to be proven does not hold, or could not be measured."""
+class BenchmarkError(Exception):
+    """A measurement failed or could not be made."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured."""
+    """Sizes of the measurements."""
 
     frames: int
-    """Of the sentence that is decoded."""
+    """Frames of the sentence that is decoded."""
     rounds: int
-    """Of each kind, in turn."""
+    """Rounds of each mode, alternating."""
     copied: int
-    """Bytes of the block whose copying tells the bandwidth."""
+    """Bytes of the block that is copied to measure the bandwidth."""
     copies: int
     workers: tuple[int, ...]
     window: float
     """Seconds of closed loop for each number of workers."""
     rest: float
-    """Seconds for which memory is watched with nothing running."""
+    """Seconds for which memory is sampled while the workers are idle."""
 
 
 FULL = Scale(240, 6, 2 * GIB, 20, (1, 2, 3, 4, 6, 8), 2.5, 2.0)
@@ -47,14 +47,14 @@ class Job:
     weights: str
     """The voice's folder."""
     logs: str
-    """Where worker processes write what they say."""
+    """Folder of the worker processes' logs."""
     quick: bool = False
     models: tuple[str, ...] = ("voice",)
     """See ``subjects.load``."""
     mps: bool = False
     """Workers must be clients of the MPS daemon that the environment names."""
     uuid: str = ""
-    """The device in the driver's terms; empty on a CPU."""
+    """The device's UUID by NVML; empty on a CPU."""
 
     @property
     def scale(self) -> Scale:
@@ -74,3 +74,17 @@ class Job:
     def from_json(cls, text: str) -> Job:
         values = json.loads(text)
         return cls(**{**values, "models": tuple(values["models"])})
+
+
+@dataclass
+class Outcome:
+    name: str
+    reason: str = ""
+    """Why the section failed; empty if it passed."""
+    seconds: float = 0.0
+    deadline: float = 0.0
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.reason

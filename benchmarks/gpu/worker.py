@@ -1,9 +1,9 @@
-"""One worker process of the proof: a line of JSON on stdin is an order, one on stdout its answer.
+"""One worker process of the benchmark: JSON lines of commands on stdin, of responses on stdout.
 
-    python -m workers.models.voice.gpu_proof.worker KIND JOB
+    python -m benchmarks.gpu.worker KIND JOB
 
-KIND is a model of ``subjects.load``, decoded in a closed loop, or ``speech``: the whole voice.
-It ends when its stdin does.
+KIND is a model of ``subjects.load``, decoded in a closed loop, or ``speech``: the complete voice.
+The process exits when its stdin is closed.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu import subjects
+from benchmarks.gpu.job import Job
+from benchmarks.gpu.subjects import GREEDY
 from workers.model.contract import SpeechRequest, Work
 from workers.models.voice.decoding import FrameDecoder
-from workers.models.voice.gpu_proof import subjects
-from workers.models.voice.gpu_proof.job import Job
-from workers.models.voice.gpu_proof.subjects import GREEDY
 from workers.models.voice.speech import LONGEST_TEXT
 
 REQUEST_FRAMES = {"voice": 80, "large": 32}
-"""Of one request: what takes some tens of milliseconds on a large GPU."""
+"""Frames of one request: some tens of milliseconds on a large GPU."""
 Request = Callable[[int], int]
-"""Serves the request with this number; its frames."""
+"""Serves the request with this number and returns its frames."""
 
 
-def server_of(kind: str, job: Job) -> tuple[Request, dict[str, Any]]:
-    """What serves a request, and what is told of it."""
+def request_server(kind: str, job: Job) -> tuple[Request, dict[str, Any]]:
+    """Load KIND; return the function that serves a request, and its health report."""
     if kind == "speech":
-        voice, text = subjects.whole_voice(job), "Ready." if job.quick else LONGEST_TEXT
+        voice, text = subjects.load_voice(job), "Ready." if job.quick else LONGEST_TEXT
         voice.decoder.warm_up()
 
         def speak(seed: int) -> int:
@@ -58,7 +58,7 @@ def server_of(kind: str, job: Job) -> tuple[Request, dict[str, Any]]:
 
 
 def closed_loop(request: Request, begin: float, end: float) -> list[tuple[float, float, int]]:
-    """(begun, seconds, frames) of every request that began between two monotonic times."""
+    """Return (start, seconds, frames) of every request that began between two monotonic times."""
     time.sleep(max(0.0, begin - time.monotonic()))
     done: list[tuple[float, float, int]] = []
     while (begun := time.monotonic()) < end or not done:
@@ -68,7 +68,7 @@ def closed_loop(request: Request, begin: float, end: float) -> list[tuple[float,
 
 
 def memory() -> dict[str, int]:
-    """What torch's allocator has taken of the device, in bytes."""
+    """Return the bytes of device memory that torch's allocator holds."""
     if not torch.cuda.is_initialized():
         return {}
     return {
@@ -78,35 +78,35 @@ def memory() -> dict[str, int]:
     }
 
 
-def obey(order: dict[str, Any], request: Request) -> dict[str, Any]:
-    if order["do"] == "memory":
+def handle(command: dict[str, Any], request: Request) -> dict[str, Any]:
+    if command["do"] == "memory":
         return memory()
-    if order["do"] == "once":
+    if command["do"] == "once":
         return {"frames": request(0)}
-    os.sched_setaffinity(0, order["cores"])
-    return {"requests": closed_loop(request, order["begin"], order["end"])}
+    os.sched_setaffinity(0, command["cores"])
+    return {"requests": closed_loop(request, command["begin"], command["end"])}
 
 
-def leave(_number: int, _frame: FrameType | None) -> None:
-    """Between two frames: a client of MPS must not be struck dead with work on the device."""
+def exit_on_sigterm(_number: int, _frame: FrameType | None) -> None:
+    """Exit between two frames: an MPS client must not be killed with work on the device."""
     raise SystemExit(0)
 
 
 def main() -> None:
-    # What a library prints is not an answer.
-    answers = os.fdopen(os.dup(1), "w")
+    # Output that a library prints must not mix with responses.
+    responses = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it ends it
+    signal.signal(signal.SIGTERM, exit_on_sigterm)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent stops it
     kind, job = sys.argv[1], Job.from_json(sys.argv[2])
     torch.set_num_threads(1)
     begun = time.monotonic()
-    request, told = server_of(kind, job)
+    request, health = request_server(kind, job)
     request(0)
-    ready = {"ready": True, "seconds": time.monotonic() - begun, "told": told}
-    print(json.dumps(ready), file=answers, flush=True)
+    ready = {"ready": True, "seconds": time.monotonic() - begun, "health": health}
+    print(json.dumps(ready), file=responses, flush=True)
     for line in sys.stdin:
-        print(json.dumps(obey(json.loads(line), request)), file=answers, flush=True)
+        print(json.dumps(handle(json.loads(line), request)), file=responses, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Prove on one machine what is claimed of GPUs.
+"""Measure the demo voice on one GPU.
 
-    python -m workers.models.voice.gpu_proof --out DIR [--only SECTION …] [--device cpu --quick]
+    python -m benchmarks.gpu --out DIR [--only SECTION …] [--device cpu --quick]
 
-Exit codes: 0, all sections done; 1, one has failed; 2, there is no CUDA device, or a bad argument.
+Exit codes: 0, all sections passed; 1, a section failed; 2, no CUDA device or a bad argument.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 
-from workers.models.voice.gpu_proof import mps, report
-from workers.models.voice.gpu_proof.job import Job, ProofError
-from workers.models.voice.gpu_proof.meter import Card, first_card
-from workers.models.voice.gpu_proof.section import Outcome, carry_out
+from benchmarks.gpu import mps, report
+from benchmarks.gpu.job import BenchmarkError, Job, Outcome
+from benchmarks.gpu.meter import Device, first_device
+from benchmarks.gpu.section import run_section
 from workers.models.voice.weights import DATA
 
-WHOLE = 540.0
-"""Seconds for everything: what has not begun by then does not begin."""
+TOTAL_SECONDS = 540.0
+"""Seconds for all sections: a section that has not begun by then is not started."""
 DISTRIBUTIONS = ("torch", "onnxruntime", "onnxruntime-gpu", "numpy", "safetensors", "nvidia-ml-py")
 
 
@@ -47,7 +47,6 @@ class Section:
 
 
 SECTIONS = (
-    Section("fidelity", "fidelity", 70),
     Section("speed", "speed", 60),
     Section("bandwidth", "bandwidth", 40),
     Section("footprint", "footprint", 70),
@@ -59,35 +58,38 @@ SECTIONS = (
 )
 
 
-def carry_out_all(
+def run_sections(
     job: Job, sections: list[Section], seconds: float, environment: Mapping[str, str]
 ) -> Iterator[Outcome]:
-    """Each within its own deadline and all within ``seconds``; a failure stops none of the rest."""
+    """Run each section within its own deadline and all within ``seconds``.
+
+    A failed section does not stop those after it.
+    """
     end = time.monotonic() + seconds
     for section in sections:
         deadline = min(section.deadline, end - time.monotonic())
         if deadline < 1:
-            yield Outcome(section.name, f"not begun: {seconds:.0f} s are over")
+            yield Outcome(section.name, f"not started: all {seconds:.0f} s are used up")
             continue
         print(f"{section.name} …", flush=True)
         own = replace(job, models=section.models, mps=section.mps)
         outcome = Outcome(section.name, deadline=deadline)
         try:
             with mps.daemon(environment) if section.mps else nullcontext(environment) as given:
-                outcome = carry_out(section.name, section.kind, own, deadline, given)
-        except ProofError as error:  # of the daemon: before the section, or after it
+                outcome = run_section(section.name, section.kind, own, deadline, given)
+        except BenchmarkError as error:  # of the MPS daemon, before or after the section
             outcome.reason = "; ".join(filter(None, (outcome.reason, str(error))))
         yield outcome
 
 
-def environment_of(job: Job, card: Card | None) -> dict[str, Any]:
-    """Where and with what it was measured."""
+def environment_of(job: Job, device: Device | None) -> dict[str, Any]:
+    """Describe the machine and the versions of what is measured."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": card.name if card else platform.processor() or platform.machine(),
-        "memory": card.total if card else None,
-        "driver": card.driver if card else None,
-        "cuda": torch.version.cuda if card else None,
+        "device": device.name if device else platform.processor() or platform.machine(),
+        "memory": device.total if device else None,
+        "driver": device.driver if device else None,
+        "cuda": torch.version.cuda if device else None,
         "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)),
         "quick": job.quick,
@@ -104,58 +106,60 @@ def version(distribution: str) -> str | None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m workers.models.voice.gpu_proof", description=(__doc__ or "").splitlines()[0]
+        prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="where results are written")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="few and small: tries the script")
+    parser.add_argument(
+        "--quick", action="store_true", help="few and small runs, to try the command"
+    )
     parser.add_argument("--only", nargs="+", choices=[section.name for section in SECTIONS])
     parser.add_argument("--weights", type=Path, default=DATA, help="the voice's folder")
-    parser.add_argument("--seconds", type=float, default=WHOLE, help="for everything")
+    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all sections")
     return parser.parse_args()
 
 
-def leave(number: int, _frame: FrameType | None) -> None:
-    """As an interrupt from the keyboard: what was started is stopped on the way out."""
+def exit_on_sigterm(number: int, _frame: FrameType | None) -> None:
+    """Exit as on an interrupt from the keyboard, so that every child is stopped on the way out."""
     raise SystemExit(128 + number)
 
 
 def main() -> int:
     args = arguments()
-    signal.signal(signal.SIGTERM, leave)
-    card, environment = None, {**os.environ, "OMP_NUM_THREADS": "1"}
+    signal.signal(signal.SIGTERM, exit_on_sigterm)
+    device, environment = None, {**os.environ, "OMP_NUM_THREADS": "1"}
     if args.device == "cuda":
         if not torch.cuda.is_available():
-            print("gpu_proof needs a CUDA device; --device cpu --quick tries it without one")
+            print("benchmarks.gpu needs a CUDA device; --device cpu --quick tries it without one")
             return 2
         try:
-            card = first_card()
+            device = first_device()
         except LookupError as error:
-            print(f"gpu_proof needs NVML beside CUDA: {error}")
+            print(f"benchmarks.gpu needs NVML beside CUDA: {error}")
             return 2
-        # By its own name, as MPS demands and as the farm does; then it is CUDA's only device.
-        environment["CUDA_VISIBLE_DEVICES"] = card.uuid
+        # By UUID, as MPS requires and as the farm does; it is then CUDA's only device.
+        environment["CUDA_VISIBLE_DEVICES"] = device.uuid
     logs = args.out.resolve() / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     job = Job(
-        device="cuda:0" if card else "cpu",
+        device="cuda:0" if device else "cpu",
         weights=str(args.weights.resolve()),
         logs=str(logs),
         quick=args.quick,
-        uuid=card.uuid if card else "",
+        uuid=device.uuid if device else "",
     )
     chosen = [
         section
         for section in SECTIONS
-        if (card or not section.only_gpu) and (not args.only or section.name in args.only)
+        if (device or not section.only_gpu) and (not args.only or section.name in args.only)
     ]
-    found = environment_of(job, card)
-    with tempfile.TemporaryDirectory(prefix="gpufarm-proof-") as cache:
-        # Where TensorRT is at hand, the first voice builds its engine and the others read it.
+    found = environment_of(job, device)
+    with tempfile.TemporaryDirectory(prefix="gpufarm-benchmark-") as cache:
+        # With TensorRT, the first voice builds its engine and the others read it.
         environment.setdefault("GPUFARM_CACHE_DIR", cache)
         outcomes: list[Outcome] = []
-        for outcome in carry_out_all(job, chosen, args.seconds, environment):
-            # Whoever ends this early has what was found until then.
+        for outcome in run_sections(job, chosen, args.seconds, environment):
+            # An early end leaves the results of the sections before it.
             outcomes.append(outcome)
             report.write(args.out, found, outcomes)
     table = report.text(found, outcomes)

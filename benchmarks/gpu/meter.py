@@ -1,4 +1,4 @@
-"""How much of the device is taken, as the driver tells it: changes of its free memory."""
+"""Memory in use on the device by the driver's report: changes of its free memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 import psutil
 
-RESTING = 1 << 20  # bytes: what differs by less has not moved
+RESTING = 1 << 20  # bytes: a smaller change counts as none
 Phase = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Card:
-    """A GPU, or a slice of one, by the driver's names."""
+class Device:
+    """A GPU or a MIG slice of one, as NVML names it."""
 
     uuid: str
     name: str
@@ -27,17 +27,17 @@ class Card:
 
 class Meter(Protocol):
     def used(self, pids: Sequence[int]) -> int:
-        """Bytes that were not taken when the meter was made. Raises LookupError."""
+        """Return the bytes taken since the meter was made. Raises LookupError."""
 
     def free(self) -> int | None:
-        """Bytes to be had; None where nothing is to run short."""
+        """Return the free bytes; None on a CPU, where they are not limited."""
 
-    def vitals(self) -> dict[str, float]:
-        """Power in W and clock in MHz now, as far as the driver tells."""
+    def telemetry(self) -> dict[str, float]:
+        """Return power in W and clock in MHz now, as far as the driver reports them."""
 
 
 class CpuMeter:
-    """The processes' own share of the RAM stands in for the device's memory."""
+    """Counts the processes' proportional share of RAM in place of device memory."""
 
     def used(self, pids: Sequence[int]) -> int:
         total = 0
@@ -49,19 +49,19 @@ class CpuMeter:
     def free(self) -> int | None:
         return None
 
-    def vitals(self) -> dict[str, float]:
+    def telemetry(self) -> dict[str, float]:
         return {}
 
 
 class GpuMeter:
-    def __init__(self, uuid: str, patience: float = 10.0) -> None:
-        """Waits until the device's memory has come to rest. Raises LookupError."""
+    def __init__(self, uuid: str, timeout: float = 10.0) -> None:
+        """Wait until the device's memory in use is stable. Raises LookupError."""
         self._nvml = _open()
         try:
             self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
         except self._nvml.NVMLError as error:
             raise LookupError(f"{uuid}: {error}") from None
-        deadline, last = time.monotonic() + patience, self.free()
+        deadline, last = time.monotonic() + timeout, self.free()
         while time.monotonic() < deadline:
             time.sleep(0.25)
             before, last = last, self.free()
@@ -76,9 +76,9 @@ class GpuMeter:
         try:
             return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).free)
         except self._nvml.NVMLError as error:
-            raise LookupError(f"the driver tells no free memory: {error}") from None
+            raise LookupError(f"the driver does not report free memory: {error}") from None
 
-    def vitals(self) -> dict[str, float]:
+    def telemetry(self) -> dict[str, float]:
         nvml, found = self._nvml, {}
         with suppress(nvml.NVMLError):
             found["watts"] = nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000
@@ -95,7 +95,7 @@ def _open() -> Any:
     try:
         pynvml.nvmlInit()
     except (pynvml.NVMLError, OSError) as error:
-        raise LookupError(f"the NVIDIA driver does not answer: {error}") from None
+        raise LookupError(f"the NVIDIA driver does not respond: {error}") from None
     return pynvml
 
 
@@ -103,8 +103,8 @@ def meter_of(uuid: str) -> Meter:
     return GpuMeter(uuid) if uuid else CpuMeter()
 
 
-def first_card() -> Card:
-    """The one that CUDA calls 0 under CUDA_VISIBLE_DEVICES. Raises LookupError."""
+def first_device() -> Device:
+    """Return CUDA's device 0 under CUDA_VISIBLE_DEVICES. Raises LookupError."""
     nvml = _open()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
     try:
@@ -113,23 +113,25 @@ def first_card() -> Card:
         else:
             handle = nvml.nvmlDeviceGetHandleByIndex(int(chosen or 0))
             handle = _slice(nvml, handle)
-        return Card(
+        return Device(
             str(nvml.nvmlDeviceGetUUID(handle)),
             str(nvml.nvmlDeviceGetName(handle)),
             int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
             str(nvml.nvmlSystemGetDriverVersion()),
         )
     except (nvml.NVMLError, ValueError) as error:
-        raise LookupError(f"no device in the driver's list for {chosen!r}: {error}") from None
+        raise LookupError(
+            f"CUDA_VISIBLE_DEVICES names no device of the driver: {chosen!r}; {error}"
+        ) from None
 
 
 def _slice(nvml: Any, handle: Any) -> Any:
-    """The first slice where the GPU is divided into such (MIG), else the GPU."""
-    places = 0
+    """Return the first MIG slice of the GPU, or the GPU itself where MIG is off."""
+    slots = 0
     with suppress(nvml.NVMLError):
         if nvml.nvmlDeviceGetMigMode(handle)[0]:
-            places = nvml.nvmlDeviceGetMaxMigDeviceCount(handle)
-    for place in range(places):
-        with suppress(nvml.NVMLError):  # a place without a slice
-            return nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place)
+            slots = nvml.nvmlDeviceGetMaxMigDeviceCount(handle)
+    for slot in range(slots):
+        with suppress(nvml.NVMLError):  # a slot without a slice
+            return nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, slot)
     return handle

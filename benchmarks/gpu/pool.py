@@ -1,4 +1,4 @@
-"""Worker processes as their employer sees them: started, asked, and always ended again."""
+"""A pool of worker processes: started, sent commands, and always stopped again."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from workers.models.voice.gpu_proof.job import Job, ProofError
+from benchmarks.gpu.job import BenchmarkError, Job
 
-READY_WITHIN = 60.0
-ANSWER_WITHIN = 30.0
+READY_TIMEOUT = 60.0
+RESPONSE_TIMEOUT = 30.0
 
 
 class WorkerProcess:
-    """``python -m workers.models.voice.gpu_proof.worker`` at the other end of two pipes."""
+    """``python -m benchmarks.gpu.worker`` at the other end of two pipes."""
 
     def __init__(self, name: str, kind: str, job: Job) -> None:
         self.name = name
         self._log = job.log(name)
         self._text = b""
-        self.told: dict[str, Any] = {}
-        module = "workers.models.voice.gpu_proof.worker"
+        self.ready: dict[str, Any] = {}
+        module = "benchmarks.gpu.worker"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, kind, job.to_json()],
@@ -41,46 +41,46 @@ class WorkerProcess:
         return self._process.pid
 
     def wait_ready(self) -> None:
-        """Raises ProofError."""
-        self.told = self.receive(READY_WITHIN)
+        """Wait for the worker's ready message. Raises BenchmarkError."""
+        self.ready = self.receive(READY_TIMEOUT)
 
-    def send(self, **order: Any) -> None:
-        """Raises ProofError when the process has gone."""
+    def send(self, **command: Any) -> None:
+        """Send a command. Raises BenchmarkError when the process has exited."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
+            self._process.stdin.write(json.dumps(command).encode() + b"\n")
         except OSError:
-            raise self._gone() from None
+            raise self._exit_error() from None
 
-    def receive(self, seconds: float = ANSWER_WITHIN) -> dict[str, Any]:
-        """The next answer. Raises ProofError when the process dies or says nothing in time."""
+    def receive(self, seconds: float = RESPONSE_TIMEOUT) -> dict[str, Any]:
+        """Return the next response. Raises BenchmarkError when the process exits or is too late."""
         assert self._process.stdout is not None
         out, deadline = self._process.stdout.fileno(), time.monotonic() + seconds
         while b"\n" not in self._text:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([out], [], [], left)[0]:
-                raise ProofError(f"{self.name} did not answer within {seconds:g} s")
+                raise BenchmarkError(f"{self.name} did not respond within {seconds:g} s")
             part = os.read(out, 1 << 16)
             if not part:
-                raise self._gone()
+                raise self._exit_error()
             self._text += part
         line, _, self._text = self._text.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        response: dict[str, Any] = json.loads(line)
+        return response
 
-    def ask(self, **order: Any) -> dict[str, Any]:
-        self.send(**order)
+    def ask(self, **command: Any) -> dict[str, Any]:
+        self.send(**command)
         return self.receive()
 
-    def let_go(self) -> None:
-        """No more orders: it leaves once it has done what it is at."""
+    def close_stdin(self) -> None:
+        """Send no more commands: the worker exits after the one that it is running."""
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.close()
 
     def close(self) -> None:
-        """Let it go and wait until it has gone, by force if need be."""
-        self.let_go()
+        """Stop the worker and wait for its exit, by signals if necessary."""
+        self.close_stdin()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
@@ -92,22 +92,22 @@ class WorkerProcess:
         assert self._process.stdout is not None
         self._process.stdout.close()
 
-    def _gone(self) -> ProofError:
+    def _exit_error(self) -> BenchmarkError:
         code = self._process.wait(10)
         lines = self._log.read_text(errors="replace").strip().splitlines()
         last = f": {lines[-1]}" if lines else ""
-        return ProofError(f"{self.name} ended with code {code}{last}")
+        return BenchmarkError(f"{self.name} exited with code {code}{last}")
 
 
-class Crew:
+class WorkerPool:
     """Workers of one kind, numbered from 1."""
 
     def __init__(self, kind: str, job: Job, label: str) -> None:
         self.kind, self.job, self.label = kind, job, label
         self.members: list[WorkerProcess] = []
 
-    def hire(self, count: int) -> None:
-        """Start ``count`` more at once and wait until all are ready. Raises ProofError."""
+    def start(self, count: int) -> None:
+        """Start ``count`` more at once and wait until all are ready. Raises BenchmarkError."""
         first = len(self.members)
         for number in range(first + 1, first + count + 1):
             name = f"{self.label}-worker-{number}"
@@ -115,18 +115,18 @@ class Crew:
         for member in self.members[first:]:
             member.wait_ready()
 
-    def dismiss(self) -> None:
-        for member in self.members:  # all at once first: leaving a device takes a second
-            member.let_go()
+    def close(self) -> None:
+        for member in self.members:  # all at once first: releasing a device takes a second
+            member.close_stdin()
         for member in self.members:
             member.close()
 
 
 @contextmanager
-def crew(kind: str, job: Job, label: str) -> Iterator[Crew]:
-    """None of its workers outlives the block."""
-    found = Crew(kind, job, label)
+def worker_pool(kind: str, job: Job, label: str) -> Iterator[WorkerPool]:
+    """Make an empty pool; none of its workers outlives the block."""
+    found = WorkerPool(kind, job, label)
     try:
         yield found
     finally:
-        found.dismiss()
+        found.close()

@@ -1,8 +1,8 @@
-"""One section of the proof, in a process of its own: ``… .section NAME JOB ROWS``.
+"""One section of the benchmark, run in its own process: ``… .section KIND JOB ROWS``.
 
-A process of its own, because an error of the device stays with the process that met it, and a
-hanging kernel can be ended only with its process. Rows go to a file as they are found, so that a
-section that ends early leaves what it had.
+In its own process, because a CUDA error stays with the process that hit it, and a hanging kernel
+ends only with its process. Rows are written to a file as they are measured, so that a section that
+ends early leaves the rows it had.
 """
 
 from __future__ import annotations
@@ -17,43 +17,27 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from workers.models.voice.gpu_proof import fidelity, footprint, scaling, speed
-from workers.models.voice.gpu_proof.job import Job, Row, Rows
+from benchmarks.gpu import footprint, scaling, speed
+from benchmarks.gpu.job import Job, Outcome, Rows
 
 KINDS: dict[str, Callable[[Job], Rows]] = {
-    "fidelity": fidelity.run,
     "speed": speed.decoding,
     "bandwidth": speed.copying,
     "footprint": footprint.run,
     "workers": scaling.run,
 }
 PR_SET_PDEATHSIG = 1
-LEAVES_WITHIN = 15.0
-"""Seconds that a section has, once its deadline has passed, to end its workers."""
+EXIT_TIMEOUT = 15.0
+"""Seconds for a section to stop its workers after its deadline."""
 
 
-@dataclass
-class Outcome:
-    name: str
-    reason: str = ""
-    """Why it failed; empty where it did not."""
-    seconds: float = 0.0
-    deadline: float = 0.0
-    rows: list[Row] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        return not self.reason
-
-
-def carry_out(
+def run_section(
     name: str, kind: str, job: Job, deadline: float, environment: Mapping[str, str]
 ) -> Outcome:
-    """Run a section in a child for at most ``deadline`` seconds, and read what it found."""
+    """Run a section in a child for at most ``deadline`` seconds and return its rows."""
     found = job.log(name).with_suffix(".jsonl")
     found.unlink(missing_ok=True)
     begun = time.monotonic()
@@ -70,13 +54,13 @@ def carry_out(
         try:
             reason = _wait(process, deadline)
         finally:
-            _end(process)
+            _terminate(process)
     rows = []
     if found.exists():
         rows = [json.loads(line) for line in found.read_text().splitlines() if line.endswith("}")]
-    told = [row["failed"] for row in rows if "failed" in row]
+    failures = [row["failed"] for row in rows if "failed" in row]
     rows = [row for row in rows if "failed" not in row]
-    reason = told[-1] if told else reason
+    reason = failures[-1] if failures else reason
     return Outcome(name, reason, time.monotonic() - begun, deadline, rows)
 
 
@@ -84,39 +68,39 @@ def _wait(process: subprocess.Popen[bytes], deadline: float) -> str:
     try:
         code = process.wait(deadline)
     except subprocess.TimeoutExpired:
-        return f"not done within {deadline:.0f} s"
-    return "" if code == 0 else f"ended with code {code}; see its log"
+        return f"not finished within {deadline:.0f} s"
+    return "" if code == 0 else f"exited with code {code}; see its log"
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Nothing that the section started outlives it."""
+def _terminate(process: subprocess.Popen[bytes]) -> None:
+    """Stop the section and everything that it started."""
     if process.poll() is None:
-        process.terminate()  # it ends its workers itself, politely
+        process.terminate()  # it stops its workers itself
         with suppress(subprocess.TimeoutExpired):
-            process.wait(LEAVES_WITHIN)
+            process.wait(EXIT_TIMEOUT)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def leave(_number: int, _frame: FrameType | None) -> None:
+def exit_on_sigterm(_number: int, _frame: FrameType | None) -> None:
     raise SystemExit(1)
 
 
-def end_with_parent() -> None:
-    """SIGTERM when the parent has gone: a killed one cannot end its section, which holds a GPU."""
+def exit_with_parent() -> None:
+    """Get SIGTERM when the parent dies: a killed parent cannot stop the section on its GPU."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, leave)
-    end_with_parent()
+    signal.signal(signal.SIGTERM, exit_on_sigterm)
+    exit_with_parent()
     kind, job, path = sys.argv[1], Job.from_json(sys.argv[2]), Path(sys.argv[3])
     with path.open("w") as out:
         try:
             for row in KINDS[kind](job):
                 print(json.dumps(row), file=out, flush=True)
-        except Exception as error:  # whatever it is, the other sections go on
+        except Exception as error:  # of any kind: the other sections still run
             traceback.print_exc()
             message = " ".join(str(error).split())[:300]
             print(json.dumps({"failed": f"{type(error).__name__}: {message}"}), file=out)

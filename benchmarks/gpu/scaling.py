@@ -9,24 +9,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from workers.models.voice.gpu_proof import mps
-from workers.models.voice.gpu_proof.crew import Crew, crew
-from workers.models.voice.gpu_proof.job import GIB, Job, Row, Rows
-from workers.models.voice.gpu_proof.meter import Meter, meter_of
+from benchmarks.gpu import mps
+from benchmarks.gpu.job import GIB, Job, Row, Rows
+from benchmarks.gpu.meter import Meter, meter_of
+from benchmarks.gpu.pool import WorkerPool, worker_pool
 
-AHEAD = 0.2
-"""Seconds between the order to begin and the beginning, so that all begin together."""
+START_DELAY = 0.2
+"""Seconds between the command and its start time, so that all workers start together."""
 Requests = list[tuple[float, float, int]]
 
 
 def run(job: Job) -> Rows:
-    """Rows of the tables ``workers`` (one for each number of them) and ``requests`` (all)."""
+    """Yield rows of the tables ``workers`` (one per number of workers) and ``requests`` (all)."""
     (model,) = job.models
     meter = meter_of(job.uuid)
-    with crew(model, job, f"{model}{'-mps' if job.mps else ''}") as workers:
-        workers.hire(1)
-        counts = _affordable(job, workers, meter)
-        workers.hire(max(counts) - 1)
+    with worker_pool(model, job, f"{model}{'-mps' if job.mps else ''}") as workers:
+        workers.start(1)
+        counts = _fitting_counts(job, workers, meter)
+        workers.start(max(counts) - 1)
         attached = ""
         if job.mps:
             attached = mps.check_attached(os.environ, [w.pid for w in workers.members])
@@ -39,8 +39,8 @@ def run(job: Job) -> Rows:
                 yield from _measure(workers, count, pinned, meter, same)
 
 
-def _affordable(job: Job, workers: Crew, meter: Meter) -> list[int]:
-    """The numbers of workers for which the device's memory suffices, by what the first takes."""
+def _fitting_counts(job: Job, workers: WorkerPool, meter: Meter) -> list[int]:
+    """Return the numbers of workers that fit into device memory, given what the first takes."""
     free, took = meter.free(), meter.used([workers.members[0].pid])
     if free is None:
         return list(job.scale.workers)
@@ -52,18 +52,18 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _measure(workers: Crew, count: int, pinned: bool, meter: Meter, same: Row) -> Rows:
+def _measure(workers: WorkerPool, count: int, pinned: bool, meter: Meter, same: Row) -> Rows:
     members = workers.members[:count]
     available = sorted(os.sched_getaffinity(0))
-    begin = time.monotonic() + AHEAD
+    begin = time.monotonic() + START_DELAY
     end = begin + workers.job.scale.window
     share = len(available) // count
     for number, member in enumerate(members):
         own = available[number * share : (number + 1) * share] if pinned else available
         member.send(do="run", begin=begin, end=end, cores=own)
-    with _watching(meter, end) as vitals:
-        answers: list[Requests] = [member.receive()["requests"] for member in members]
-    for number, requests in enumerate(answers, 1):
+    with _sampling_telemetry(meter, end) as telemetry:
+        responses: list[Requests] = [member.receive()["requests"] for member in members]
+    for number, requests in enumerate(responses, 1):
         for begun, seconds, frames in requests:
             yield {
                 "table": "requests",
@@ -73,8 +73,8 @@ def _measure(workers: Crew, count: int, pinned: bool, meter: Meter, same: Row) -
                 "seconds": seconds,
                 "frames": frames,
             }
-    rates = [rate(requests, end) for requests in answers]
-    taken = sorted(seconds for requests in answers for begun, seconds, _ in requests)
+    rates = [rate(requests, end) for requests in responses]
+    taken = sorted(seconds for requests in responses for begun, seconds, _ in requests)
     yield {
         "table": "workers",
         **same,
@@ -84,15 +84,15 @@ def _measure(workers: Crew, count: int, pinned: bool, meter: Meter, same: Row) -
         "fastest_worker": max(rates),
         "p50": quantile(taken, 0.50),
         "p95": quantile(taken, 0.95),
-        **{name: statistics.fmean(values) for name, values in vitals.items()},
+        **{name: statistics.fmean(values) for name, values in telemetry.items()},
     }
 
 
 def rate(requests: Requests, end: float) -> float:
-    """Frames a second of one worker, from its first request's beginning to an end.
+    """Return the frames per second of one worker, from the start of its first request.
 
-    What ended after ``end`` was helped by workers that had stopped already; it counts only where
-    there is nothing else.
+    A request that finished after ``end`` ran partly while other workers were idle; it counts only
+    if there is no other.
     """
     counted = [r for r in requests if r[0] + r[1] <= end] or requests[:1]
     last = max(begun + seconds for begun, seconds, _ in counted)
@@ -100,23 +100,23 @@ def rate(requests: Requests, end: float) -> float:
 
 
 def quantile(ascending: list[float], share: float) -> float:
-    """The smallest value that at least ``share`` of all do not exceed."""
+    """Return the smallest value that at least ``share`` of all values do not exceed."""
     index = -(-len(ascending) * share // 1) - 1
     return ascending[max(0, min(len(ascending) - 1, int(index)))]
 
 
 @contextmanager
-def _watching(meter: Meter, end: float) -> Iterator[dict[str, list[float]]]:
-    """The device's power and clock, a few times a second until ``end``."""
+def _sampling_telemetry(meter: Meter, end: float) -> Iterator[dict[str, list[float]]]:
+    """Sample the device's power and clock several times per second until ``end``."""
     found: dict[str, list[float]] = {}
     over = threading.Event()
 
-    def watch() -> None:
+    def sampler() -> None:
         while time.monotonic() < end and not over.wait(0.1):
-            for name, value in meter.vitals().items():
+            for name, value in meter.telemetry().items():
                 found.setdefault(name, []).append(value)
 
-    thread = threading.Thread(target=watch, daemon=True)
+    thread = threading.Thread(target=sampler, daemon=True)
     thread.start()
     try:
         yield found

@@ -1,7 +1,7 @@
 """A private MPS daemon: started for some sections, always stopped again.
 
-Nothing of the device is changed: no compute mode, no clocks. Its pipe and log folders are its own,
-so that a daemon of somebody else is neither used nor disturbed.
+The device's settings (compute mode, clocks) stay as they are. The daemon has its own pipe and log
+folders, so that another user's daemon is neither used nor disturbed.
 """
 
 from __future__ import annotations
@@ -16,37 +16,41 @@ from pathlib import Path
 
 import psutil
 
-from workers.models.voice.gpu_proof.job import ProofError
+from benchmarks.gpu.job import BenchmarkError
 
 CONTROL = "nvidia-cuda-mps-control"
-ANSWERS_WITHIN = 20.0
-STOPS_WITHIN = 15.0
+CONTROL_TIMEOUT = 20.0
+STOP_TIMEOUT = 15.0
 
 
-def control(environment: Mapping[str, str], order: str) -> str:
-    """What the daemon answers. Raises ProofError."""
+def control(environment: Mapping[str, str], command: str) -> str:
+    """Send a command to the daemon and return its response. Raises BenchmarkError."""
     try:
         done = subprocess.run(
             [CONTROL],
-            input=order + "\n",
+            input=command + "\n",
             env=dict(environment),
             capture_output=True,
             text=True,
-            timeout=ANSWERS_WITHIN,
+            timeout=CONTROL_TIMEOUT,
             check=False,
         )
     except FileNotFoundError:
-        raise ProofError(f"{CONTROL} is not on the PATH: is the driver's MPS installed?") from None
+        raise BenchmarkError(
+            f"{CONTROL} is not on the PATH: is the driver's MPS installed?"
+        ) from None
     except subprocess.TimeoutExpired:
-        raise ProofError(f"{CONTROL} did not answer {order!r} in {ANSWERS_WITHIN:g} s") from None
+        raise BenchmarkError(
+            f"{CONTROL} did not respond to {command!r} within {CONTROL_TIMEOUT:g} s"
+        ) from None
     if done.returncode != 0:
-        said = " ".join((done.stdout + done.stderr).split())
-        raise ProofError(f"{CONTROL} {order!r} ended with code {done.returncode}: {said}")
+        output = " ".join((done.stdout + done.stderr).split())
+        raise BenchmarkError(f"{CONTROL} {command!r} ended with code {done.returncode}: {output}")
     return done.stdout
 
 
 def clients(environment: Mapping[str, str]) -> list[int]:
-    """The processes attached to the daemon's servers. Raises ProofError."""
+    """Return the processes attached to the daemon's servers. Raises BenchmarkError."""
     found: list[int] = []
     for server in _numbers(control(environment, "get_server_list")):
         found += _numbers(control(environment, f"get_client_list {server}"))
@@ -54,18 +58,19 @@ def clients(environment: Mapping[str, str]) -> list[int]:
 
 
 def check_attached(environment: Mapping[str, str], pids: list[int]) -> str:
-    """How it is known that all are clients: attaching is silent, and so is failing to.
+    """Check that all ``pids`` are clients, and return how that is known.
 
-    Raises ProofError when one is not.
+    A process that fails to attach runs on without MPS and reports nothing. Raises BenchmarkError
+    when one is not attached.
     """
     found = clients(environment)
     if set(pids) <= set(found):
         return "by pid"
-    # In a container the daemon may tell numbers of another namespace.
+    # In a container the daemon may report pids of another namespace.
     if len(found) == len(pids) and not set(pids) & set(found):
         return "by number"
     missing = sorted(set(pids) - set(found))
-    raise ProofError(f"not attached to MPS: {missing}; its clients are {found}")
+    raise BenchmarkError(f"processes are not attached to MPS: {missing}; its clients are {found}")
 
 
 def _numbers(text: str) -> list[int]:
@@ -74,10 +79,13 @@ def _numbers(text: str) -> list[int]:
 
 @contextmanager
 def daemon(around: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """The environment in which processes become its clients. Raises ProofError."""
+    """Run a daemon and yield the environment that makes processes its clients.
+
+    Raises BenchmarkError.
+    """
     if shutil.which(CONTROL) is None:
-        raise ProofError(f"{CONTROL} is not on the PATH: is the driver's MPS installed?")
-    # A short path: sockets' names are limited to about a hundred characters.
+        raise BenchmarkError(f"{CONTROL} is not on the PATH: is the driver's MPS installed?")
+    # A short path: socket names are limited to about a hundred characters.
     folder = Path(tempfile.mkdtemp(prefix="gpufarm-mps-"))
     environment = {
         **around,
@@ -95,9 +103,9 @@ def daemon(around: Mapping[str, str]) -> Iterator[dict[str, str]]:
 
 
 def _start(environment: Mapping[str, str], folder: Path) -> None:
-    # Its output goes to a file: the daemon inherits it, and a pipe would never be at its end.
-    said = folder / "start"
-    with said.open("wb") as out:
+    # Its output goes to a file: the daemon inherits it, and a pipe would never reach its end.
+    output = folder / "start"
+    with output.open("wb") as out:
         try:
             done = subprocess.run(
                 [CONTROL, "-d"],
@@ -105,34 +113,38 @@ def _start(environment: Mapping[str, str], folder: Path) -> None:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                timeout=ANSWERS_WITHIN,
+                timeout=CONTROL_TIMEOUT,
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise ProofError(f"{CONTROL} -d did not return in {ANSWERS_WITHIN:g} s") from None
+            raise BenchmarkError(
+                f"{CONTROL} -d did not return within {CONTROL_TIMEOUT:g} s"
+            ) from None
     if done.returncode != 0:
-        raise ProofError(f"{CONTROL} -d: {' '.join(said.read_text(errors='replace').split())}")
+        raise BenchmarkError(
+            f"{CONTROL} -d: {' '.join(output.read_text(errors='replace').split())}"
+        )
     control(environment, "get_server_list")
 
 
 def _stop(environment: Mapping[str, str], folder: Path) -> None:
-    """Raises ProofError when a daemon is left that cannot be ended."""
+    """Stop the daemon. Raises BenchmarkError when one of its processes does not exit."""
     left = _processes(folder)
-    with suppress(ProofError):
+    with suppress(BenchmarkError):
         control(environment, "quit -t 5")
     for end in ("", "terminate", "kill"):
         for process in left:
             if end:
                 with suppress(psutil.Error):
                     getattr(process, end)()
-        _, left = psutil.wait_procs(left, timeout=STOPS_WITHIN)
+        _, left = psutil.wait_procs(left, timeout=STOP_TIMEOUT)
         if not left:
             return
-    raise ProofError(f"the MPS daemon does not end: {[process.pid for process in left]}")
+    raise BenchmarkError(f"the MPS daemon does not exit: pids {[process.pid for process in left]}")
 
 
 def _processes(folder: Path) -> list[psutil.Process]:
-    """The daemon that was started here and its servers, known by the folder they were given."""
+    """Return this daemon and its servers, recognised by their pipe folder."""
     begun = time.monotonic()
     found = []
     for process in psutil.process_iter():
@@ -141,6 +153,6 @@ def _processes(folder: Path) -> list[psutil.Process]:
                 continue
             if process.environ().get("CUDA_MPS_PIPE_DIRECTORY") == str(folder / "pipe"):
                 found.append(process)
-        if time.monotonic() - begun > STOPS_WITHIN:
+        if time.monotonic() - begun > STOP_TIMEOUT:
             break
     return found

@@ -1,4 +1,4 @@
-"""What was found, for people and for programs: a table on the screen, JSON and CSV in a folder."""
+"""The report: a table on the screen, JSON and CSV files in a folder."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from workers.models.voice.gpu_proof.job import Row
-from workers.models.voice.gpu_proof.section import Outcome
+from benchmarks.gpu.job import Outcome, Row
 
 MIB = 1 << 20
 ONLY_CSV = ("requests", "memory")
@@ -28,7 +27,7 @@ def by_table(outcomes: Iterable[Outcome]) -> dict[str, list[Row]]:
 
 
 def speeds(tables: dict[str, list[Row]]) -> list[Row]:
-    """Medians of each model and mode, and the share of the memory's bandwidth that they reach."""
+    """Return the medians of each model and mode, and their share of the memory bandwidth."""
     copied = [row["bytes_per_second"] for row in tables.get("bandwidth", [])]
     bandwidth = statistics.median(copied) if copied else None
     rounds: dict[tuple[str, str], list[Row]] = defaultdict(list)
@@ -59,7 +58,7 @@ def speeds(tables: dict[str, list[Row]]) -> list[Row]:
 
 
 def write(folder: Path, environment: dict[str, Any], outcomes: list[Outcome]) -> None:
-    """``results.json``, ``table.txt``, and a CSV file for each table."""
+    """Write ``results.json``, ``table.txt``, and a CSV file for each table."""
     tables = by_table(outcomes)
     sections = [
         {
@@ -89,11 +88,10 @@ def write(folder: Path, environment: dict[str, Any], outcomes: list[Outcome]) ->
 
 
 def text(environment: dict[str, Any], outcomes: list[Outcome]) -> str:
-    """All that fits on a screen or two."""
+    """Format the results as text tables."""
     tables = by_table(outcomes)
     parts = ["  ".join(f"{name} {value}" for name, value in environment.items() if value)]
     for title, rows in (
-        ("Graph against eager, half against single precision", _fidelity(tables)),
         ("Speed of one decoder, batch 1 (medians)", _speed(tables)),
         ("Worker processes on one device, in a closed loop", _workers(tables)),
         ("Memory of a worker with the whole voice (MiB)", _footprint(tables)),
@@ -105,29 +103,12 @@ def text(environment: dict[str, Any], outcomes: list[Outcome]) -> str:
 
 
 def columns(rows: list[dict[str, str]]) -> str:
-    """Rows under their names, numbers to the right."""
+    """Format rows under their column names, aligned to the right."""
     names = list(rows[0])
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
     lines = ["  ".join(name.rjust(widths[name]) for name in names)]
     lines += ["  ".join(row[name].rjust(widths[name]) for name in names) for row in rows]
     return "\n".join(lines)
-
-
-def _fidelity(tables: dict[str, list[Row]]) -> list[dict[str, str]]:
-    return [
-        {
-            "compared": row["compared"],
-            "with": row["with"],
-            "temperature": f"{row['temperature']:g}",
-            "codes equal": f"{row['codes_equal']}/{row['codes']}" if "codes" in row else "",
-            "scores": str(row["scores"]),
-            "least cosine": f"{row['cosine_least']:.6f}",
-            "most apart": f"{row['difference_most']:.4g} of {row['score_most']:.4g}",
-            "alike if forced": f"{row['chosen_alike']}/{row['scores']}",
-            "holds": {True: "yes", False: "NO", None: ""}[row.get("held")],
-        }
-        for row in tables.get("fidelity", [])
-    ]
 
 
 def _speed(tables: dict[str, list[Row]]) -> list[dict[str, str]]:
@@ -203,8 +184,9 @@ def _codec(tables: dict[str, list[Row]]) -> list[dict[str, str]]:
     return [
         {
             "provider": row["provider"],
-            "nodes": ", ".join(f"{n} on {name}" for name, n in row["nodes"].items()) or "not told",
-            "passed over": "; ".join(row["fallback"]) or "none",
+            "nodes": ", ".join(f"{n} on {name}" for name, n in row["nodes"].items())
+            or "not reported",
+            "providers skipped": "; ".join(row["fallback"]) or "none",
         }
         for row in tables.get("codec", [])
     ]

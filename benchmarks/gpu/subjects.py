@@ -1,4 +1,4 @@
-"""What is measured: the demo voice's decoder, and one large enough to be bound by memory."""
+"""The models that are measured: the demo voice's decoder, and one bound by memory bandwidth."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from workers.models.voice import text as written
+from benchmarks.gpu.job import Job
+from workers.models.voice import text
 from workers.models.voice.dual_ar import DualAR, DualARConfig
-from workers.models.voice.gpu_proof.job import Job
 from workers.models.voice.sampling import Sampling
 from workers.models.voice.speech import LONGEST_TEXT, Voice
 from workers.models.voice.weights import dtype_of, parameters
@@ -28,8 +28,8 @@ LARGE = DualARConfig(
     num_codebooks=10,
     codebook_size=1024,
 )
-"""Half a billion parameters: the size of systems that are served in earnest. The demo voice's
-weights fit into a large GPU's cache, so its decoder says little about memory."""
+"""Half a billion parameters, as production systems have. The demo voice's weights fit into a large
+GPU's cache, so its decoder says little about memory bandwidth."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Subject:
     """(frames, dim), of the model's dtype, on the device."""
     dtype: torch.dtype
     fingerprint: str
-    """Of the weights; ``random`` where they are."""
+    """Of the weights; ``random`` for random ones."""
 
     @property
     def parameters(self) -> int:
@@ -53,12 +53,12 @@ def default_dtype(job: Job) -> str:
 
 @torch.no_grad()
 def load(job: Job, name: str, frames: int, dtype: str | None = None) -> Subject:
-    """``voice``: the demo voice, saying a sentence again and again until there are ``frames``.
+    """Load a model. ``voice``: the demo voice, repeating a sentence until there are ``frames``.
 
     ``large``: LARGE with random weights. Raises ValueError for any other name.
     """
     if name not in {"voice", "large"}:
-        raise ValueError(f"no model is called {name!r}: it is voice or large")
+        raise ValueError(f"unknown model: {name!r}; use voice or large")
     named = dtype or default_dtype(job)
     if name == "large":
         torch.manual_seed(1)
@@ -66,19 +66,19 @@ def load(job: Job, name: str, frames: int, dtype: str | None = None) -> Subject:
             network = DualAR(LARGE).eval().to(dtype_of(named))
             conditions = torch.randn(frames, LARGE.dim, dtype=dtype_of(named))
         if job.on_gpu:
-            torch.cuda.empty_cache()  # it was made in single precision
+            torch.cuda.empty_cache()  # it was created in single precision
         return Subject(name, network, conditions, dtype_of(named), "random")
-    voice = whole_voice(job, named)
-    (first, *_) = written.sentences(LONGEST_TEXT, voice.spell)
-    said = voice._conditions(first, 1.0)
-    again = torch.arange(frames, device=said.device) % len(said)
+    voice = load_voice(job, named)
+    (first, *_) = text.sentences(LONGEST_TEXT, voice.g2p)
+    spoken = voice._conditions(first, 1.0)
+    repeated = torch.arange(frames, device=spoken.device) % len(spoken)
     return Subject(
-        name, voice.weights.dual_ar, said[again], dtype_of(named), voice.weights.fingerprint
+        name, voice.weights.dual_ar, spoken[repeated], dtype_of(named), voice.weights.fingerprint
     )
 
 
-def whole_voice(job: Job, dtype: str | None = None) -> Voice:
-    """Any provider will do for the codec: which one it is, is told and not required."""
+def load_voice(job: Job, dtype: str | None = None) -> Voice:
+    """Load the complete voice; the provider of its codec is reported, not required."""
     voice = Voice(weights=str(Path(job.weights)), dtype=dtype, require="any")
     voice.setup(job.device)
     return voice

@@ -1,4 +1,4 @@
-"""What the proof asks of the driver and of MPS, with stand-ins for both."""
+"""How the GPU benchmark uses the driver and MPS, with stand-ins for both."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.gpu import meter, mps
+from benchmarks.gpu.job import BenchmarkError
 from tests.launcher.planning.fake_nvml import FakeNvml, Gpu
-from workers.models.voice.gpu_proof import meter, mps
-from workers.models.voice.gpu_proof.job import ProofError
 
 GIB = 1 << 30
 CONTROL = """
@@ -23,7 +23,7 @@ CONTROL = """
     if sys.argv[1:] == ["-d"]:
         if (here / "refuses").exists():
             sys.exit("no MPS for you")
-        # The daemon inherits what its starter writes to, as the real one does.
+        # The daemon inherits its parent's output, as the real one does.
         daemon = subprocess.Popen([str(here / "nvidia-cuda-mps-server"), "120"])
         state.write_text(str(daemon.pid))
         sys.exit(0)
@@ -41,7 +41,7 @@ CONTROL = """
 
 @pytest.fixture
 def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder on the PATH with an MPS of our own."""
+    """Put a stand-in for MPS on the PATH and return its folder."""
     script = tmp_path / mps.CONTROL
     script.write_text(f"#!{sys.executable}\n{textwrap.dedent(CONTROL)}")
     script.chmod(0o755)
@@ -49,7 +49,7 @@ def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     server.write_text(f"#!{sys.executable}\nimport sys, time\ntime.sleep(float(sys.argv[1]))\n")
     server.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(mps, "STOPS_WITHIN", 1.0)
+    monkeypatch.setattr(mps, "STOP_TIMEOUT", 1.0)
     return tmp_path
 
 
@@ -58,7 +58,7 @@ def daemons(folder: str) -> list[psutil.Process]:
     return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_a_daemon_of_our_own_is_started_and_stopped(control: Path) -> None:
+def test_a_private_daemon_is_started_and_stopped(control: Path) -> None:
     with mps.daemon(os.environ) as environment:
         pipe = environment["CUDA_MPS_PIPE_DIRECTORY"]
         assert len(daemons(pipe)) == 1
@@ -67,14 +67,14 @@ def test_a_daemon_of_our_own_is_started_and_stopped(control: Path) -> None:
         assert mps.clients(environment) == [11, 12]
         assert mps.check_attached(environment, [12]) == "by pid"
         assert mps.check_attached(environment, [91, 92]) == "by number"
-        with pytest.raises(ProofError, match=r"not attached to MPS: \[13\]; .*\[11, 12\]"):
+        with pytest.raises(BenchmarkError, match=r"not attached to MPS: \[13\]; .*\[11, 12\]"):
             mps.check_attached(environment, [12, 13])
     assert not daemons(pipe)
     assert not Path(pipe).exists()
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
-def test_it_is_stopped_when_what_it_served_has_failed(control: Path, stubborn: bool) -> None:
+def test_the_daemon_is_stopped_when_its_section_fails(control: Path, stubborn: bool) -> None:
     if stubborn:
         (control / "stubborn").touch()
     with (
@@ -85,15 +85,15 @@ def test_it_is_stopped_when_what_it_served_has_failed(control: Path, stubborn: b
     assert not daemons(environment["CUDA_MPS_PIPE_DIRECTORY"])
 
 
-def test_a_daemon_that_does_not_start_is_told(control: Path) -> None:
+def test_a_daemon_that_fails_to_start_is_reported(control: Path) -> None:
     (control / "refuses").touch()
-    with pytest.raises(ProofError, match="no MPS for you"), mps.daemon(os.environ):
+    with pytest.raises(BenchmarkError, match="no MPS for you"), mps.daemon(os.environ):
         pass
 
 
-def test_where_there_is_no_mps_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_mps_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ProofError, match="not on the PATH"), mps.daemon(os.environ):
+    with pytest.raises(BenchmarkError, match="not on the PATH"), mps.daemon(os.environ):
         pass
 
 
@@ -109,17 +109,17 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> list[Gpu]:
     return found
 
 
-def test_what_is_taken_is_what_is_free_no_longer(gpus: list[Gpu]) -> None:
+def test_used_memory_is_the_drop_in_free_memory(gpus: list[Gpu]) -> None:
     found = meter.meter_of("GPU-a")
     assert found.used([]) == 0
     gpus[0].free -= 3 * GIB
     assert found.used([1, 2]) == 3 * GIB
     assert found.free() == 67 * GIB
-    gpus[0].free += 4 * GIB  # somebody else has left
+    gpus[0].free += 4 * GIB  # another process has exited
     assert found.used([]) == -GIB
 
 
-def test_a_device_that_is_not_there_is_told(gpus: list[Gpu]) -> None:
+def test_an_unknown_device_is_reported(gpus: list[Gpu]) -> None:
     with pytest.raises(LookupError, match="GPU-z"):
         meter.meter_of("GPU-z")
 
@@ -128,21 +128,21 @@ def test_a_device_that_is_not_there_is_told(gpus: list[Gpu]) -> None:
     ("visible", "uuid"),
     [(None, "GPU-a"), ("GPU-b", "GPU-b"), ("0,1", "GPU-a"), ("2", "MIG-e"), ("MIG-c", "MIG-c")],
 )
-def test_the_device_is_the_one_that_cuda_would_take(
+def test_the_device_is_the_first_one_visible_to_cuda(
     gpus: list[Gpu], monkeypatch: pytest.MonkeyPatch, visible: str | None, uuid: str
 ) -> None:
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert meter.first_card().uuid == uuid
+    assert meter.first_device().uuid == uuid
 
 
-def test_no_driver_is_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_driver_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(absent=True))
-    with pytest.raises(LookupError, match="does not answer"):
-        meter.first_card()
+    with pytest.raises(LookupError, match="does not respond"):
+        meter.first_device()
 
 
-def test_the_memory_of_a_cpu_is_what_its_processes_hold() -> None:
+def test_memory_on_a_cpu_is_that_of_the_processes() -> None:
     found = meter.meter_of("")
     assert found.used([os.getpid()]) > 1 << 20
     assert found.used([2**22 + 1]) == 0
