@@ -192,10 +192,10 @@ def undeclared(packages: tuple[str, ...], extras: tuple[str, ...]) -> dict[str, 
     ("packages", "extras"),
     [
         (("launcher", "balancer"), ("",)),
-        (("workers",), ("", "torch", "onnx")),
+        (("workers",), ("", "speech", "torch", "onnx")),
         (("loadtest",), ("", "loadtest")),
-        (("training",), ("", "torch", "onnx", "training")),
-        (("tests",), ("", "torch", "onnx", "loadtest", "dev")),
+        (("training",), ("", "speech", "torch", "onnx", "training")),
+        (("tests",), ("", "speech", "torch", "onnx", "loadtest", "dev")),
     ],
     ids="+".join,
 )
