@@ -14,7 +14,7 @@ CLOSED, OPEN = "closed", "open"
 
 
 class Parser(ArgumentParser):
-    """Of our own commands: a bad argument is one line, and --help tells the rest."""
+    """Of our own commands: a bad argument is one line, and --help lists the rest."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (--help lists the arguments)\n")
@@ -26,7 +26,7 @@ def add_to(parser: Any) -> None:
     _add_load(parser.add_argument_group("How the load comes"))
     _add_thresholds(
         parser.add_argument_group(
-            "Thresholds", "Exit code 1 when one is exceeded. Empty: not judged."
+            "Thresholds", "Exit code 1 when one is exceeded. Empty: not checked."
         )
     )
     _add(
@@ -175,7 +175,7 @@ def positive(text: str) -> float:
     except ValueError:
         value = math.nan
     if not (value > 0 and math.isfinite(value)):
-        raise ArgumentTypeError(f"{text!r} is no number above 0")
+        raise ArgumentTypeError(f"{text!r} must be a number above 0")
     return value
 
 
@@ -185,7 +185,7 @@ def count(text: str) -> int:
     except ValueError:
         value = 0
     if value < 1:
-        raise ArgumentTypeError(f"{text!r} is no whole number above 0")
+        raise ArgumentTypeError(f"{text!r} must be a whole number above 0")
     return value
 
 
@@ -196,7 +196,7 @@ def steps(text: str) -> list[int]:
     except ValueError:
         numbers = [0]
     if any(number < 1 for number in numbers):
-        raise ArgumentTypeError(f"{text!r} is no list of numbers of users, such as 1,2,4,8,16")
+        raise ArgumentTypeError(f"{text!r} must be a list of numbers of users, such as 1,2,4,8,16")
     return numbers
 
 
@@ -208,12 +208,12 @@ def steps_text(text: str) -> str:
 def some_steps_text(text: str) -> str:
     """Where there have to be some."""
     if not steps(text):
-        raise ArgumentTypeError("it is empty; numbers of users are needed, such as 1,2,4,8,16")
+        raise ArgumentTypeError("must not be empty; list numbers of users, such as 1,2,4,8,16")
     return text
 
 
 def limit(text: str | float | None) -> float | None:
-    """A threshold, None where it is not judged. Raises ArgumentTypeError."""
+    """A threshold, None where it is not set. Raises ArgumentTypeError."""
     if text is None or text == "":
         return None
     try:
@@ -221,12 +221,12 @@ def limit(text: str | float | None) -> float | None:
     except ValueError:
         value = math.nan
     if not (value >= 0 and math.isfinite(value)):
-        raise ArgumentTypeError(f"{text!r} is no number of 0 or more")
+        raise ArgumentTypeError(f"{text!r} must be a number of 0 or more")
     return value
 
 
 def limit_text(text: str) -> str:
-    """Kept as text: Locust's page gives back the type of the default, and "" is "not judged"."""
+    """Kept as text: Locust's page gives back the type of the default, and "" is "not set"."""
     limit(text)
     return text
 

@@ -107,8 +107,8 @@ def _named(error: Exception, answer: Answer) -> str:
     return f"{name}: {reason}"
 
 
-def told(answer: Answer) -> str:
-    """A farm's own words for a failure: ``503 no_worker``."""
+def error_reason(answer: Answer) -> str:
+    """Format a failure as status and error code: ``503 no_worker``."""
     try:
         error = json.loads(answer.body)["error"]
         reason = error.get("code") or error.get("message") or ""

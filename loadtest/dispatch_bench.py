@@ -45,16 +45,16 @@ class BenchError(Exception):
 
 
 def added(samples: Sequence[Sample], service: float) -> dict[str, float]:
-    """Milliseconds that a lone request takes beyond its service time."""
+    """Milliseconds that a single request takes beyond its service time."""
     beyond_nominal = [1000 * (s.latency - service) for s in samples]
     result = {
         "added_ms_p50": statistics.median(beyond_nominal),
         "added_ms_p99": percentile(beyond_nominal, 99),
     }
-    told = [1000 * (s.latency - s.inference) for s in samples if s.inference is not None]
-    if told:
+    beyond = [1000 * (s.latency - s.inference) for s in samples if s.inference is not None]
+    if beyond:
         # A sleep takes a little longer than asked for; this is without that.
-        result["added_beyond_inference_ms_p50"] = statistics.median(told)
+        result["added_beyond_inference_ms_p50"] = statistics.median(beyond)
     return result
 
 
@@ -86,7 +86,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def write_csv(path: Path, runs: dict[str, Sequence[Sample]]) -> None:
-    """Every raw sample; the column ``run`` tells which measurement it belongs to."""
+    """Every raw sample; the column ``run`` says which measurement it belongs to."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["run", *(field.name for field in fields(Sample))])
         writer.writeheader()
@@ -106,7 +106,7 @@ def farm(options: argparse.Namespace) -> Iterator[str]:
 
 def check_served(url: str, path: str, seconds: float) -> None:
     """One request, before many: raises NoFarmError or BenchError where it is not answered by a
-    server that holds its worker for as long as it is told to."""
+    server that holds its worker for as long as the request says."""
     needed = (
         f"a farm that serves {SLEEP_MODEL} is needed: without --host one is started, or "
         f"GPUFARM_MODEL__TARGET={SLEEP_MODEL} gpufarm up"
@@ -189,7 +189,7 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parser().parse_args(words)
     try:
         with farm(options) as url:
-            told = run(url, options)
+            figures = run(url, options)
     except NoFarmError as error:
         code, message = NO_FARM, str(error)
     except StartError as error:
@@ -199,7 +199,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     else:
-        print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in told.items()}))
+        print(
+            json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()})
+        )
         return 0
     print(f"dispatch_bench: {message}", file=sys.stderr)
     return code

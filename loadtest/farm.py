@@ -1,4 +1,4 @@
-"""What a farm tells of itself over HTTP: its workers, their devices and what really computes."""
+"""Read a farm's /health: its workers, their devices and what really computes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 import httpx
 
 PATIENCE = 10.0
-_NOT_TOLD = "not told"
+_NOT_REPORTED = "not reported"
 
 
 class NoFarmError(Exception):
-    """Nobody serves at that address; the message says what to do."""
+    """No farm answers at that address; the message names the remedy."""
 
 
 def describe(url: str) -> dict[str, Any]:
     """``{"url", "workers": [{"id", "device", "dtype", "engine", "provider", "model"}]}``.
 
-    Only what /health tells; None for what it does not. Raises NoFarmError.
+    Only what /health reports; None for what it does not. Raises NoFarmError.
     """
     try:
         answer = httpx.get(f"{url}/health", timeout=PATIENCE, trust_env=False)
@@ -40,6 +40,6 @@ def describe(url: str) -> dict[str, Any]:
 
 
 def named(farm: dict[str, Any], key: str) -> str:
-    """What the workers tell under ``key``, each different value once: "cpu", "cuda:0, cuda:1"."""
+    """Join the different values that the workers report under ``key``: "cpu", "cuda:0, cuda:1"."""
     values = {str(worker[key]) for worker in farm["workers"] if worker.get(key)}
-    return ", ".join(sorted(values)) or _NOT_TOLD
+    return ", ".join(sorted(values)) or _NOT_REPORTED

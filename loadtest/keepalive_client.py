@@ -28,7 +28,7 @@ class Sample:
     worker: str
     queued: float | None
     inference: float | None
-    """As the worker's headers tell."""
+    """From the worker's headers."""
 
 
 def post(url: str, body: Any) -> bytes:

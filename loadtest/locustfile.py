@@ -121,7 +121,7 @@ class Wiring:
             self._spawned(self._runner.target_user_count)
 
     def _spawned(self, user_count: int, **_: Any) -> None:
-        """Without steps, a step is whatever number of users somebody asks for."""
+        """Without steps, a step lasts until another number of users is asked for."""
         if self._environment.shape_class is None and user_count != self._steps.users:
             seconds = float(self._options.run_time or 0)
             self._steps.begin(Step(now(), user_count, seconds))
@@ -165,7 +165,7 @@ class Wiring:
             log.error("no request was made")
             self._environment.process_exit_code = 1
         elif self._options.max_failure_share != "" and not self._runner.exceptions:
-            # Locust ends with 1 after any failure; here somebody said how many are allowed.
+            # Locust ends with 1 after any failure; --max-failure-share says how many are allowed.
             self._environment.process_exit_code = 0
 
 

@@ -1,8 +1,8 @@
-"""Rows of Locust's own table, CSV and page for what a farm tells beside latency.
+"""Rows of Locust's own table, CSV and page for what a farm reports beside latency.
 
 They are logged beside the requests, not as requests: "Aggregated" stays the latency of requests
 that were answered or failed. Locust's workers send such rows to its master like any other.
-Every value is in milliseconds, as Locust's columns say; a factor is told in thousandths, which are
+Every value is in milliseconds, as Locust's columns say; a factor is shown in thousandths, which are
 milliseconds per second of audio.
 """
 
@@ -18,7 +18,7 @@ QUEUE = "queue time (ms)"
 FIRST_AUDIO = "time to first audio (ms)"
 FACTOR = "real-time factor x 1000 (inference ms per audio second)"
 CALLER_FACTOR = "real-time factor x 1000, waiting included (latency ms per audio second)"
-REFUSED_ROW = "refused, 429 (ms until told)"
+REFUSED_ROW = "refused, 429 (ms until the response)"
 UNFINISHED_ROW = "unfinished when the run ended (ms waited so far)"
 
 STREAM = "stream"
@@ -67,7 +67,7 @@ def _thousandfold(factor: float | None) -> float | None:
 
 
 def bucket(milliseconds: float) -> int:
-    """Three significant digits; Locust's own two would judge a p95 threshold 5 % wrong."""
+    """Three significant digits; Locust's own two would be 5 % wrong for a p95 threshold."""
     value = round(milliseconds)
     digits = 3 - len(str(abs(value)))
     return value if digits >= 0 else int(round(value, digits))

@@ -38,7 +38,7 @@ _PORTS = (10000, 19999)
 NONE_RUNS = 4
 """The exit code of ``gpufarm ps`` where no farm runs."""
 _SLOTS = 16
-"""As many as a farm has unless told otherwise: nginx passes over the empty ones."""
+"""As many as a farm has unless configured otherwise: nginx passes over the empty ones."""
 
 Say = Callable[[str], None]
 
@@ -108,7 +108,7 @@ def _started(
 
 @contextmanager
 def _ended_like_by_ctrl_c() -> Iterator[None]:
-    """SIGTERM would end this process at once, and leave a farm of which nobody knows."""
+    """SIGTERM would end this process at once, and leave its farm running."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -141,8 +141,8 @@ def _gpufarm(
     )
     if done.returncode:
         return done.returncode, None
-    told: dict[str, Any] = json.loads(done.stdout)
-    return 0, told
+    result: dict[str, Any] = json.loads(done.stdout)
+    return 0, result
 
 
 def _free_port() -> int:

@@ -47,7 +47,7 @@ class Steps:
 
 
 class Recorder:
-    """Writes samples to a file, or keeps them until they are sent to whoever does.
+    """Writes samples to a file, or keeps them until they are sent to the master.
 
     Without a file and without a master, samples are dropped.
     """

@@ -1,7 +1,7 @@
 """``python -m loadtest.report DIR…``: the table again, from the raw samples alone.
 
-Refuses, with one line and exit code 1, a stored summary that does not follow from its rows, and the
-same rows under two names. Exit code 2: nothing there that can be read.
+Exit codes: 1, with one line, for a stored summary that does not follow from its rows; 2 for results
+that cannot be read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.console import Console
 from loadtest import samples
 from loadtest.arguments import Parser
 from loadtest.samples import Sample, SamplesError
-from loadtest.summary import Figures, MismatchError, compare, refuse_copies, summarise
+from loadtest.summary import Figures, MismatchError, compare, summarise
 from loadtest.table import render
 
 SAMPLES, WARM_UP, SUMMARY = "samples.csv", "warm-up.csv", "summary.json"
@@ -81,7 +81,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         loaded = {str(place): load(place) for place in options.results}
-        refuse_copies({place: results.rows for place, results in loaded.items()})
     except MismatchError as error:
         print(f"refused: {error}", file=sys.stderr)
         return REFUSED

@@ -18,7 +18,7 @@ class SamplesError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One request as its caller saw it. Times of day are unix seconds; None is "not told"."""
+    """One request as its caller saw it. Times of day are unix seconds; None is "not reported"."""
 
     scheduled: float
     """When the request was to start. Durations count from here, also when the caller was late."""
@@ -31,12 +31,12 @@ class Sample:
     status: int
     """HTTP status; 0 when there was no answer."""
     outcome: str
-    """ok; refused (429: all lines full); failed; unfinished (the run ended first)."""
+    """ok; refused (429: all queues full); failed; unfinished (the run ended first)."""
     error: str
     queue_ms: float | None
-    """X-Queue-Time-Ms: in the worker's line."""
+    """X-Queue-Time-Ms: in the worker's queue."""
     inference_ms: float | None
-    """X-Inference-Time-Ms: in the model. A stream cannot tell it."""
+    """X-Inference-Time-Ms: in the model. A stream does not report it."""
     audio_seconds: float | None
     """X-Audio-Seconds, or counted from the bytes of a pcm stream."""
     real_time_factor: float | None
@@ -132,7 +132,7 @@ def _parse(file: Path, number: int, row: dict[str, Any]) -> Sample:
             else:
                 values[name] = float(text)
         except ValueError:
-            raise SamplesError(f"{file}:{number}: {name} is {text!r}, which is no {kind}") from None
+            raise SamplesError(f"{file}:{number}: {name} is {text!r}; it must be {kind}") from None
     if values["outcome"] not in OUTCOMES:
         outcomes = ", ".join(OUTCOMES)
         raise SamplesError(f"{file}:{number}: outcome is {values['outcome']!r}; one of {outcomes}")

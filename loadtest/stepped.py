@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments; those of Locust that it passes on have the same names."""
     made = arguments.Parser(
         prog="python -m loadtest.stepped",
-        description="Load a farm with 1, 2, 4, 8, 16 users, and tell what came of it.",
+        description="Load a farm with 1, 2, 4, 8, 16 users, and print the figures.",
     )
     made.add_argument("--host", metavar="URL", help="default: the farm that runs, or a new one")
     made.add_argument(
@@ -73,14 +73,14 @@ def parser() -> argparse.ArgumentParser:
         "--timeout", type=arguments.positive, default=70.0, help="seconds for a request (70)"
     )
     for option, what in THRESHOLDS.items():
-        name, told = "--" + option.replace("_", "-"), f"{what}; exit code 1 beyond it"
-        made.add_argument(name, type=arguments.limit_text, metavar="LIMIT", help=told)
+        name, help_text = "--" + option.replace("_", "-"), f"{what}; exit code 1 beyond it"
+        made.add_argument(name, type=arguments.limit_text, metavar="LIMIT", help=help_text)
     _add_passed_on(made.add_argument_group("as Locust's, see loadtest/README.md"))
     return made
 
 
 def _add_passed_on(group: argparse._ArgumentGroup) -> None:
-    """Locust checks them too, but would tell in its log."""
+    """Locust checks them too, but reports errors only in its log."""
     requests = [arguments.SPEECH, arguments.STREAM, arguments.PREDICT]
     group.add_argument("--request", choices=requests, default=arguments.SPEECH)
     group.add_argument("--loop", choices=[arguments.CLOSED, arguments.OPEN])
@@ -132,7 +132,7 @@ def _run(url: str, options: argparse.Namespace, console: Console) -> int:
     before = describe(url)
     folder = options.results / (options.name or time.strftime("%Y%m%d-%H%M%S"))
     folder.mkdir(parents=True, exist_ok=True)
-    # Every worker is asked at least once while nobody counts.
+    # Every worker is asked at least once before anything is counted.
     users = max(len(before["workers"]), 1)
     warm_up = ["-u", str(users), "-r", "100", "-t", f"{max(round(options.warm_up), 1)}s"]
     warm_up += ["--samples", str(folder / report.WARM_UP), *_passed_on(options)]
@@ -141,7 +141,7 @@ def _run(url: str, options: argparse.Namespace, console: Console) -> int:
     load = ["--steps", options.steps, "--step-seconds", f"{seconds:.3f}"]
     load += ["--samples", str(folder / report.SAMPLES), "--html", str(folder / "locust.html")]
     load += ["--csv", str(folder / "locust"), *_passed_on(options)]
-    # Failures are judged below, from the samples; then 1 means that Locust itself went wrong.
+    # Failures are checked below, from the samples, so that 1 means that Locust itself failed.
     load += ["--max-failure-share", "1"]
     code = _locust(url, options, load, folder, (f"users {options.steps}", options.seconds))
     farm = describe(url)
@@ -160,7 +160,7 @@ def _run(url: str, options: argparse.Namespace, console: Console) -> int:
 
 
 def _judge(options: argparse.Namespace, rows: Sequence[Sample], total: Figures) -> int:
-    """The exit code; whatever makes it 1 is told in a line of its own."""
+    """The exit code; each reason for 1 is printed on a line of its own."""
     verdicts = judge_figures(options, total)
     wrong = [f"threshold {verdict}" for verdict in verdicts if not verdict.held]
     failures = Counter(sample.error for sample in rows if sample.outcome == samples.FAILED)

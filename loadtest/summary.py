@@ -21,17 +21,16 @@ Figures = dict[str, Any]
 
 
 class MismatchError(ValueError):
-    """A stored figure that does not follow from its rows, or rows that cannot be true."""
+    """A stored figure that does not follow from its rows."""
 
 
 def summarise(samples: Sequence[Sample]) -> Figures:
-    """``{"steps": [figures …], "total": figures}``. Raises MismatchError on copied rows."""
+    """``{"steps": [figures …], "total": figures}``."""
     windows = _windows(samples)
     groups = [
         (start, end, [sample for sample in samples if sample.step_start == start])
         for start, end in windows
     ]
-    refuse_copies({f"step {number}": rows for number, (_, _, rows) in enumerate(groups, 1)})
     steps = []
     for start, end, rows in groups:
         users = rows[0].step_users
@@ -76,8 +75,8 @@ def _figures(
         "requests_per_minute": 60 * per_second,
         "times_real_time": audio / seconds if seconds else 0.0,
         "latency_ms": _spread([sample.latency_ms for sample in answered]),
-        "queue_ms": _spread(list(_told(answered, lambda sample: sample.queue_ms))),
-        "inference_ms": _spread(list(_told(answered, lambda sample: sample.inference_ms))),
+        "queue_ms": _spread(list(_reported(answered, lambda sample: sample.queue_ms))),
+        "inference_ms": _spread(list(_reported(answered, lambda sample: sample.inference_ms))),
         "first_audio_ms": _spread(
             [
                 sample.first_byte_ms
@@ -85,14 +84,18 @@ def _figures(
                 if sample.kind == "stream" and sample.first_byte_ms is not None
             ]
         ),
-        "real_time_factor": _spread(list(_told(answered, lambda sample: sample.real_time_factor))),
-        "caller_factor": _spread(list(_told(answered, lambda sample: sample.caller_factor))),
+        "real_time_factor": _spread(
+            list(_reported(answered, lambda sample: sample.real_time_factor))
+        ),
+        "caller_factor": _spread(list(_reported(answered, lambda sample: sample.caller_factor))),
         "workers": len({sample.worker for sample in answered if sample.worker}),
     }
 
 
-def _told(samples: Sequence[Sample], value: Callable[[Sample], float | None]) -> Iterator[float]:
-    return (told for sample in samples if (told := value(sample)) is not None)
+def _reported(
+    samples: Sequence[Sample], value: Callable[[Sample], float | None]
+) -> Iterator[float]:
+    return (known for sample in samples if (known := value(sample)) is not None)
 
 
 def _spread(values: list[float]) -> Figures | None:
@@ -140,7 +143,7 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 def _p95_interval(ordered: Sequence[float]) -> tuple[float | None, float | None]:
     """Where the true p95 lies, with 95 % confidence, whatever the distribution (order statistics).
 
-    An end that no sample can tell, since there are too few, is None.
+    An end for which there are too few samples is None.
     """
     n, cumulated, low, high = len(ordered), 0.0, None, None
     for k in range(n):
@@ -157,19 +160,6 @@ def _p95_interval(ordered: Sequence[float]) -> tuple[float | None, float | None]
         if high is None and cumulated >= 0.975:
             high = ordered[k]
     return low, high
-
-
-def refuse_copies(groups: dict[str, list[Sample]]) -> None:
-    """Measured times do not repeat. Raises MismatchError where two groups hold the same ones."""
-    seen: dict[tuple[float, ...], str] = {}
-    for name, samples in groups.items():
-        times = tuple(sample.latency_ms for sample in samples)
-        if len(times) > 1 and times in seen:
-            raise MismatchError(
-                f"{seen[times]} and {name} hold the same {len(times)} latencies: "
-                "one of them was not measured"
-            )
-        seen[times] = name
 
 
 def compare(stored: Any, computed: Any, where: str = "") -> None:

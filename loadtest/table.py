@@ -28,11 +28,11 @@ def render(summary: Figures, farm: dict[str, Any] | None, console: Console) -> N
     _print_speech(summary["total"], console)
     answered = summary["total"]["workers"]
     if farm is None:
-        console.print(f"workers that answered: {answered}; what the farm told is not stored here")
+        console.print(f"workers that answered: {answered}; the farm's health is not stored here")
         return
     count = f"workers {len(farm['workers'])} ({answered} answered)"
-    told = " · ".join(f"{key} {named(farm, key)}" for key in ("device", "dtype", "engine"))
-    lines = (farm["url"], count, told, f"provider really used: {named(farm, 'provider')}")
+    text = " · ".join(f"{key} {named(farm, key)}" for key in ("device", "dtype", "engine"))
+    lines = (farm["url"], count, text, f"provider really used: {named(farm, 'provider')}")
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
 
 

@@ -35,7 +35,9 @@ def load(file: Path) -> dict[str, tuple[str, ...]]:
         if line.startswith("[") and line.endswith("]"):
             group = line[1:-1].strip()
             if group not in groups:
-                raise TextsError(f"{file}:{number}: {line} is none of {', '.join(GROUPS)}")
+                raise TextsError(
+                    f"{file}:{number}: {line} is not a group; use one of {', '.join(GROUPS)}"
+                )
         elif not group:
             raise TextsError(f"{file}:{number}: a text before the first heading, such as [short]")
         else:

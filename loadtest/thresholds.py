@@ -1,4 +1,4 @@
-"""Judges a run by the thresholds of its command line: from Locust's statistics, or from figures."""
+"""Compare a run's statistics or figures with the thresholds of its command line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ THRESHOLDS = {
 class Verdict:
     option: str
     value: float | None
-    """None: there was nothing to judge, which is no pass."""
+    """None: there was nothing to measure, which does not pass."""
     limit: float
 
     @property
@@ -30,10 +30,10 @@ class Verdict:
         return self.value is not None and self.value <= self.limit
 
     def __str__(self) -> str:
-        value = "nothing to judge" if self.value is None else f"{self.value:.4g}"
-        told = f"{THRESHOLDS[self.option]} {value}, limit {self.limit:g}"
+        value = "nothing measured" if self.value is None else f"{self.value:.4g}"
+        finding = f"{THRESHOLDS[self.option]} {value}, limit {self.limit:g}"
         option = self.option.replace("_", "-")
-        return f"{'held' if self.held else 'EXCEEDED'}: {told} (--{option})"
+        return f"{'held' if self.held else 'EXCEEDED'}: {finding} (--{option})"
 
 
 def judge(options: Any, stats: Any) -> list[Verdict]:

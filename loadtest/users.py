@@ -17,7 +17,7 @@ from locust.exception import StopTest
 
 from loadtest import texts
 from loadtest.arguments import OPEN, PREDICT, SPEECH, STREAM, check
-from loadtest.calls import Answer, Caller, now, told
+from loadtest.calls import Answer, Caller, error_reason, now
 from loadtest.samples import FAILED, OK, REFUSED, UNFINISHED, Sample
 
 SPEECH_PATH = "/v1/audio/speech"
@@ -135,7 +135,7 @@ class FarmUser(User):  # type: ignore[misc]
         if answer.status == 429:
             return REFUSED, ""
         if not 200 <= answer.status < 300:
-            return FAILED, told(answer)
+            return FAILED, error_reason(answer)
         if self._kind == PREDICT:
             return OK, ""
         content_type = answer.headers.get("content-type", "")

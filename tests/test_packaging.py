@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import tomllib
 import zipfile
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from launcher.config.settings import Settings, WorkersSettings
 from launcher.supervision.supervisord import GRACE_AFTER_REQUEST
 from tests.repository import REPOSITORY
+from tests.test_architecture import PROJECT, normal, requirement_names
 
 PACKAGES = ("balancer", "launcher", "loadtest", "workers")
 LARGEST_WHEEL = 40 * 10**6
@@ -71,10 +71,20 @@ def test_the_wheel_has_a_command_and_a_licence(wheel: Path) -> None:
 
 
 def test_the_image_asks_for_the_same_torch() -> None:
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
-    wanted = [r for r in project["optional-dependencies"]["torch"] if r.startswith("torch>")]
+    wanted = [r for r in PROJECT["optional-dependencies"]["torch"] if r.startswith("torch>")]
     text = (REPOSITORY / "deploy" / "Dockerfile").read_text("utf-8")
     assert set(re.findall(r'^ARG TORCH="(.+)"$', text, re.MULTILINE)) == set(wanted)
+
+
+def test_the_lock_has_an_exact_version_of_every_requirement() -> None:
+    """Except for the onnxruntimes, of which a machine has one or the other."""
+    lines = (REPOSITORY / "constraints.txt").read_text("utf-8").splitlines()
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    locked = {normal(line.partition("==")[0]) for line in lines}
+    extras = PROJECT["optional-dependencies"]
+    required = requirement_names("", *(extra for extra in extras if not extra.startswith("onnx")))
+    assert not required - locked
+    assert not locked & {"onnxruntime", "onnxruntime-gpu", "gpufarm"}
 
 
 def test_compose_hands_every_key_on() -> None:

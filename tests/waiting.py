@@ -31,7 +31,7 @@ def until(condition: Callable[[], T], what: str, seconds: float = 60.0, every: f
 
 
 def free_port() -> int:
-    """A port on 127.0.0.1 where nobody listens, outside of the range that the kernel hands out."""
+    """A port on 127.0.0.1 that is closed, outside of the range that the kernel hands out."""
     for _ in range(200):
         port = random.randint(21000, 32000)
         with socket.socket() as probe:

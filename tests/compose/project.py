@@ -49,9 +49,9 @@ class Project:
             timeout=COMMAND_SECONDS,
             check=False,
         )
-        told = done.stdout + done.stderr
-        assert expect is None or done.returncode == expect, f"{arguments}: {told}\n{self.tail()}"
-        return told
+        output = done.stdout + done.stderr
+        assert expect is None or done.returncode == expect, f"{arguments}: {output}\n{self.tail()}"
+        return output
 
     def tail(self) -> str:
         """The end of the farm's log, for a failure's message."""
@@ -106,8 +106,8 @@ class Project:
 
         def ready() -> list[datetime]:
             lines = self.logs("-t")
-            told = [line.split()[0] for line in lines if " ready at http" in line]
-            times = [datetime.fromisoformat(time) for time in told]
+            ready = [line.split()[0] for line in lines if " ready at http" in line]
+            times = [datetime.fromisoformat(time) for time in ready]
             return [time for time in times if time > started]
 
         return (until(ready, "every worker is ready")[0] - started).total_seconds()

@@ -76,9 +76,9 @@ class FarmUnderTest:
             timeout=COMMAND_SECONDS,
             check=False,
         )
-        told = f"{arguments} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
-        assert done.returncode == expect, f"{told}\n{self.logs()}"
-        assert "Traceback" not in done.stderr, told
+        message = f"{arguments} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == expect, f"{message}\n{self.logs()}"
+        assert "Traceback" not in done.stderr, message
         return done
 
     def logs(self) -> str:
@@ -178,8 +178,10 @@ class FarmUnderTest:
             process.kill()
 
 
-def foreign(port: int, more: str = "", workers: str = "", options: tuple[str, ...] = ()) -> str:
-    """A gpufarm.toml for the stand-in server."""
+def external_server(
+    port: int, more: str = "", workers: str = "", options: tuple[str, ...] = ()
+) -> str:
+    """Return a gpufarm.toml whose workers are the external server of tests/standin.py."""
     command = [sys.executable, str(STANDIN), "--port", "{port}", "--id", "{id}", *options]
     return f"""
 port = {port}
@@ -208,7 +210,7 @@ def new_farm(text: str = "", workers: str = "count = 2", **options: Any) -> Iter
     folder = base / "farm"
     folder.mkdir()
     farm = FarmUnderTest(folder, free_port())
-    farm.configure(text or foreign(farm.port, workers=workers, **options))
+    farm.configure(text or external_server(farm.port, workers=workers, **options))
     try:
         yield farm
     finally:

@@ -1,4 +1,4 @@
-"""Somebody's own server as the worker: scaled, killed, replaced, while requests come in."""
+"""An external server as the worker: scaled, killed, replaced, while requests come in."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pytest
 
 from balancer import processes as nginx_processes
 from tests import promtool
-from tests.farm.harness import FarmUnderTest, foreign, lives, new_farm, within
+from tests.farm.harness import FarmUnderTest, external_server, lives, new_farm, within
 from tests.waiting import until
 
 READY_SECONDS = 2.0
-"""What a replacement may take beyond its load time; the stand-in loads in less than one."""
+"""What a replacement may take beyond its load time; tests/standin.py loads in less than one."""
 LOAD_SECONDS = 2.0
 
 
@@ -57,7 +57,7 @@ def test_up_again_changes_nothing_and_is_quick(farm: FarmUnderTest) -> None:
     assert farm.pids() == pids
 
 
-def test_ps_tells_everything_as_json(farm: FarmUnderTest) -> None:
+def test_ps_reports_every_worker_as_json(farm: FarmUnderTest) -> None:
     view = farm.ps()
     assert view["url"] == farm.url
     assert [worker["id"] for worker in view["workers"]] == ["w1", "w2"]
@@ -127,7 +127,7 @@ def test_all_workers_killed_at_once_come_back(farm: FarmUnderTest) -> None:
     assert httpx.post(f"{farm.url}/work").status_code == 200
 
 
-def test_a_killed_controller_comes_back_to_the_same_wishes(farm: FarmUnderTest) -> None:
+def test_a_restarted_controller_keeps_the_desired_state(farm: FarmUnderTest) -> None:
     farm.run("scale", "3")
     pids, controller = farm.pids(), farm.pid_of("launcher.controller")
     with farm.load() as load:
@@ -175,7 +175,7 @@ def test_a_killed_nginx_is_back_soon(farm: FarmUnderTest, who: str) -> None:
         until(lambda: httpx.post(f"{farm.url}/work").status_code == 200, "service is back")
         assert within(10, begun)  # 0.6 s on an idle machine
     assert set(load.statuses) == {200}
-    # Each client had one request on the way. On the master's death nobody listens for a moment.
+    # Each client had one request on the way. Without a master the port is closed for a moment.
     broken = [error for error in load.errors if who == "process" or "refused" not in error]
     assert len(broken) <= 4, load.errors
 
@@ -260,8 +260,8 @@ def test_logs_of_all_and_of_one(farm: FarmUnderTest) -> None:
 
 def test_an_unknown_worker_is_one_line(farm: FarmUnderTest) -> None:
     for command in ("drain", "restart"):
-        told = farm.run(command, "w9", expect=2).stderr.splitlines()
-        assert told == ["gpufarm: no worker w9; slots: w1, w2, w3, w4"]
+        message = farm.run(command, "w9", expect=2).stderr.splitlines()
+        assert message == ["gpufarm: no worker w9; slots: w1, w2, w3, w4"]
 
 
 def test_the_doctor_watches_a_stream(farm: FarmUnderTest) -> None:
@@ -275,7 +275,9 @@ def test_a_changed_configuration_is_taken_over_without_a_loss(farm: FarmUnderTes
     try:
         with farm.load() as load:
             farm.configure(
-                foreign(farm.port, workers="count = 2", more='[balancer]\nbody_limit = "1KiB"')
+                external_server(
+                    farm.port, workers="count = 2", more='[balancer]\nbody_limit = "1KiB"'
+                )
             )
             farm.run("up")
             assert farm.pids() == pids, "nginx alone had to know"
@@ -287,12 +289,12 @@ def test_a_changed_configuration_is_taken_over_without_a_loss(farm: FarmUnderTes
         assert set(load.statuses) == {200}
         assert len(load.errors) <= 4
         with farm.load() as load:
-            farm.configure(foreign(farm.port, workers="count = 2\nthreads = 2"))
+            farm.configure(external_server(farm.port, workers="count = 2\nthreads = 2"))
             farm.run("up")
         assert set(farm.pids().values()).isdisjoint(pids.values()), "workers had to know"
         assert set(load.statuses) == {200}
     finally:
-        farm.configure(foreign(farm.port, workers="count = 2"))
+        farm.configure(external_server(farm.port, workers="count = 2"))
         farm.run("up")
 
 
@@ -301,14 +303,14 @@ def test_a_restart_into_a_broken_configuration_keeps_what_works(farm: FarmUnderT
     try:
         with farm.load() as load:
             farm.configure(
-                foreign(farm.port, workers="count = 2", options=("--fail", "no weights"))
+                external_server(farm.port, workers="count = 2", options=("--fail", "no weights"))
             )
             failed = farm.run("up", expect=1)
             assert "could not load: no weights" in failed.stderr
             assert farm.pids() == pids
         load.check()
     finally:
-        farm.configure(foreign(farm.port, workers="count = 2"))
+        farm.configure(external_server(farm.port, workers="count = 2"))
         farm.run("up")
 
 

@@ -20,11 +20,11 @@ import psutil
 import pytest
 
 from launcher.supervision.supervisord import Supervisor
-from tests.farm.harness import REPOSITORY, FarmUnderTest, foreign, lives, new_farm
+from tests.farm.harness import REPOSITORY, FarmUnderTest, external_server, lives, new_farm
 from tests.waiting import free_port, listens, until
 
 MEGABYTE = 2**20
-NOBODY = 65534
+UNPRIVILEGED_USER = 65534
 
 
 def leaves_nothing(farm: FarmUnderTest) -> None:
@@ -127,18 +127,18 @@ def test_a_worker_that_cannot_load_fails_once_and_clearly() -> None:
         assert farm.processes() == []
         assert not listens(farm.port)
         farm.run("ps", expect=4)
-        farm.configure(foreign(farm.port, workers="count = 3"))
+        farm.configure(external_server(farm.port, workers="count = 3"))
         farm.run("up")
         assert set(farm.states().values()) == {"ready"}
 
 
-def test_a_ready_url_that_is_not_there_is_told() -> None:
-    text = foreign(port := free_port(), workers="count = 1")
+def test_up_reports_a_ready_url_that_is_answered_404() -> None:
+    text = external_server(port := free_port(), workers="count = 1")
     text = text.replace("load_timeout = 30", "load_timeout = 3")
     with new_farm(re.sub(r'ready_url = "[^"]*"', 'ready_url = "/nowhere"', text)) as farm:
         farm.port = port
-        told = farm.run("up", expect=1).stderr
-        assert "w1 was not ready within 3 s: /nowhere (model.ready_url) returned 404" in told
+        message = farm.run("up", expect=1).stderr
+        assert "w1 was not ready within 3 s: /nowhere (model.ready_url) returned 404" in message
 
 
 def test_a_farm_is_not_replaced_from_a_folder_without_a_configuration(tmp_path: Path) -> None:
@@ -146,9 +146,9 @@ def test_a_farm_is_not_replaced_from_a_folder_without_a_configuration(tmp_path: 
         assert f"from {farm.folder / 'gpufarm.toml'}" in farm.run("up").stderr
         pids, home = farm.pids(), farm.folder
         farm.folder = tmp_path
-        told = farm.run("up", "--state-dir", str(home / "state"), expect=2).stderr
+        message = farm.run("up", "--state-dir", str(home / "state"), expect=2).stderr
         farm.folder = home
-        assert f"was started from {home / 'gpufarm.toml'}" in told
+        assert f"was started from {home / 'gpufarm.toml'}" in message
         assert farm.pids() == pids
 
 
@@ -174,10 +174,10 @@ def test_a_drained_farm_is_filled_again() -> None:
 
 
 def test_a_count_and_a_maximum_that_change_together() -> None:
-    with new_farm(foreign(port := free_port(), workers="count = 1")) as farm:
+    with new_farm(external_server(port := free_port(), workers="count = 1")) as farm:
         farm.port = port
         farm.run("up")
-        text = foreign(port, workers="count = 2")
+        text = external_server(port, workers="count = 2")
         farm.configure(text.replace("max = 4", "max = 5"))
         farm.run("up")
         assert set(farm.states().values()) == {"ready"}
@@ -192,7 +192,7 @@ def test_a_killed_farm_takes_a_count_that_has_changed_since() -> None:
         farm.run("up")
         assert len(farm.states()) == 3, "what was scaled lasts until `down`"
         os.kill(farm.pid_of("launcher.supervision.run_supervisord"), signal.SIGKILL)
-        farm.configure(foreign(farm.port, workers="count = 1"))
+        farm.configure(external_server(farm.port, workers="count = 1"))
         farm.run("up")
         assert len(farm.states()) == 1, "the count in the file has changed since"
 
@@ -200,26 +200,26 @@ def test_a_killed_farm_takes_a_count_that_has_changed_since() -> None:
 def test_another_host_on_the_running_farms_port_is_refused_with_the_reason() -> None:
     with new_farm(workers="count = 1") as farm:
         farm.run("up")
-        told = farm.run("up", "--host", "0.0.0.0", expect=2).stderr
-        assert "this farm's own nginx is in the way" in told
-        assert "gpufarm down" in told
+        message = farm.run("up", "--host", "0.0.0.0", expect=2).stderr
+        assert "this farm's own nginx is in the way" in message
+        assert "gpufarm down" in message
 
 
-def test_a_command_that_is_not_there_is_told() -> None:
+def test_up_reports_a_command_that_does_not_exist() -> None:
     with new_farm() as farm:
         text = (farm.folder / "gpufarm.toml").read_text()
         farm.configure(text.replace(json.dumps(sys.executable), '"no-such-program"'))
-        told = farm.run("up", expect=1).stderr
-        assert "cannot run no-such-program" in told
-        assert "model.command" in told
+        message = farm.run("up", expect=1).stderr
+        assert "cannot run no-such-program" in message
+        assert "model.command" in message
 
 
 def test_a_port_in_use_is_one_line() -> None:
     with new_farm() as farm, socket.create_server(("127.0.0.1", farm.port)):
-        told = farm.run("up", expect=2).stderr.splitlines()
-        assert len(told) == 1
-        assert f"port = {farm.port}" in told[0]
-        assert "--port" in told[0]
+        message = farm.run("up", expect=2).stderr.splitlines()
+        assert len(message) == 1
+        assert f"port = {farm.port}" in message[0]
+        assert "--port" in message[0]
         assert farm.processes() == []
 
 
@@ -300,14 +300,19 @@ def test_a_60_mb_body_goes_through(user: str) -> None:
 
 
 def hand_over(farm: FarmUnderTest) -> None:
-    """Let the farm be run by nobody in particular."""
+    """Run the farm as an unprivileged user."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     base = farm.folder.parent
     (base / "home").mkdir(exist_ok=True)
     for path in [base, *base.rglob("*")]:
-        shutil.chown(path, NOBODY, NOBODY)
-    farm.command_prefix = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+        shutil.chown(path, UNPRIVILEGED_USER, UNPRIVILEGED_USER)
+    farm.command_prefix = (
+        "setpriv",
+        f"--reuid={UNPRIVILEGED_USER}",
+        f"--regid={UNPRIVILEGED_USER}",
+        "--clear-groups",
+    )
     # This interpreter may lie in root's home; the system's runs the same packages.
     system = f"/usr/bin/python3.{sys.version_info.minor}"
     packages = sysconfig.get_paths()["purelib"]
@@ -367,19 +372,21 @@ def test_another_port_and_more_slots_of_a_running_farm_restart_no_worker() -> No
         farm.run("up")
         pids, old = farm.pids(), farm.port
         farm.port = free_port()
-        farm.configure(foreign(farm.port, workers="count = 1"))
+        farm.configure(external_server(farm.port, workers="count = 1"))
         farm.run("up")
         assert farm.pids() == pids, "nginx alone had to know"
         assert httpx.post(f"{farm.url}/work").status_code == 200
         until(lambda: not listens(old), "the old port is closed")
-        text = foreign(farm.port, workers="count = 1").replace("max = 4", "max = 6")
+        text = external_server(farm.port, workers="count = 1").replace("max = 4", "max = 6")
         farm.configure(text)
         farm.run("up")
         assert farm.pids() == pids
         farm.run("scale", "6")
         assert len(farm.pids()) == 6
         assert httpx.post(f"{farm.url}/work").status_code == 200
-        farm.configure(foreign(farm.port, workers="count = 1").replace("max = 4", "max = 2"))
+        farm.configure(
+            external_server(farm.port, workers="count = 1").replace("max = 4", "max = 2")
+        )
         farm.run("up")
         assert len(farm.pids()) == 2, "what was scaled to is bounded by the new maximum"
         farm.run("down")
@@ -409,7 +416,9 @@ def test_a_server_behind_a_shell_loses_nothing_and_leaves_nothing() -> None:
 
 
 def test_the_deadline_of_a_load() -> None:
-    text = foreign(port := free_port(), workers="count = 1", options=("--load-seconds", "60"))
+    text = external_server(
+        port := free_port(), workers="count = 1", options=("--load-seconds", "60")
+    )
     with new_farm(text.replace("load_timeout = 30", "load_timeout = 2")) as farm:
         farm.port = port
         assert "was not ready within 2 s" in farm.run("up", expect=1).stderr

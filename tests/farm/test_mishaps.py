@@ -1,4 +1,4 @@
-"""What an operator gets wrong, and what a machine does to a farm: it is told, and survived."""
+"""Mistakes of an operator and failures of the machine: the farm reports and survives them."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def test_a_farm_whose_records_are_lost_can_be_ended_and_replaced(damage: str) ->
         farm.run("up")
         for name in ("farm.json", "generations/1.json"):
             (farm.state / name).write_text(damage)
-            told = farm.run("ps", expect=1).stderr
-            assert "lost or unreadable" in told
-            assert "gpufarm down" in told
+            message = farm.run("ps", expect=1).stderr
+            assert "lost or unreadable" in message
+            assert "gpufarm down" in message
         farm.run("down")
         assert farm.processes() == []
         assert not listens(farm.port)
@@ -88,7 +88,7 @@ def test_nginx_is_known_without_its_record() -> None:
         until(lambda: not any(psutil.pid_exists(pid) for pid in old), "the old nginx has gone")
 
 
-def test_wishes_that_make_no_sense_are_not_wished() -> None:
+def test_an_invalid_desired_state_is_refused() -> None:
     with new_farm(workers="count = 1") as farm:
         farm.run("up")
         desired = farm.state / "desired.json"
@@ -115,9 +115,9 @@ def test_a_full_disk_stops_neither_requests_nor_replacements() -> None:
             at.run("up")
             supervisor = at.pid_of("launcher.supervision.run_supervisord")
             fill(disk)
-            told = at.run("scale", "1", expect=1).stderr
-            assert "the disk is full" in told
-            assert len(told.splitlines()) == 1
+            message = at.run("scale", "1", expect=1).stderr
+            assert "the disk is full" in message
+            assert len(message.splitlines()) == 1
             victim = at.pids()["w1"]
             os.kill(victim, signal.SIGKILL)
             until(lambda: at.pids().get("w1") not in (None, victim), "a successor")
@@ -207,8 +207,8 @@ def test_up_does_not_call_an_emptied_farm_ready() -> None:
     with new_farm(workers="count = 1") as farm:
         assert "Ready at" in farm.run("up").stdout
         farm.run("drain", "w1")
-        told = farm.run("up").stdout
-        assert "Ready at" not in told
-        assert "no worker is wanted" in told
+        message = farm.run("up").stdout
+        assert "Ready at" not in message
+        assert "no worker is wanted" in message
         farm.run("restart", "w1")
         assert "Ready at" in farm.run("up").stdout

@@ -127,7 +127,7 @@ def test_every_queue_full_is_429_with_retry_after_and_never_502(farm: FarmUnderT
             assert answer.headers["X-Request-ID"]
 
 
-def test_a_models_exception_is_told_without_its_traceback(farm: FarmUnderTest) -> None:
+def test_a_models_exception_is_answered_without_its_traceback(farm: FarmUnderTest) -> None:
     answer = httpx.post(f"{farm.url}/predict", json={"fail": True})
     assert answer.status_code == 500
     assert "RuntimeError" in answer.json()["error"]["message"]
@@ -149,7 +149,7 @@ def test_health_and_metrics_come_from_every_worker(farm: FarmUnderTest) -> None:
     promtool.check(metrics)
 
 
-def test_without_the_controller_a_worker_tells_its_health(farm: FarmUnderTest) -> None:
+def test_without_the_controller_a_worker_answers_health(farm: FarmUnderTest) -> None:
     controller = farm.pid_of("launcher.controller")
     os.kill(controller, signal.SIGSTOP)
     try:
@@ -163,9 +163,9 @@ def test_without_the_controller_a_worker_tells_its_health(farm: FarmUnderTest) -
 def test_a_class_that_cannot_load_says_why() -> None:
     with new_farm() as farm:
         of_class(farm, "models:Missing", "count = 2")
-        told = farm.run("up", expect=1).stderr
-        assert "w1 could not load" in told
-        assert "Missing" in told
+        message = farm.run("up", expect=1).stderr
+        assert "w1 could not load" in message
+        assert "Missing" in message
 
 
 def test_a_stream_comes_through_as_it_is_made() -> None:

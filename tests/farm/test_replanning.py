@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from tests.farm.harness import FarmUnderTest, foreign, new_farm
+from tests.farm.harness import FarmUnderTest, external_server, new_farm
 from tests.farm.models import serve_work
 from tests.waiting import until
 
@@ -18,9 +18,9 @@ def resize(farm: FarmUnderTest, memory: str, external: bool) -> None:
     budget = f'memory = "{memory}"\ncores = 16'
     if external:
         farm.configure(
-            foreign(farm.port, f"memory = {memory!r}\ncores = 16", 'count = "auto"').replace(
-                "max = 4", "max = 8"
-            )
+            external_server(
+                farm.port, f"memory = {memory!r}\ncores = 16", 'count = "auto"'
+            ).replace("max = 4", "max = 8")
         )
     else:
         serve_work(farm, workers='count = "auto"\nmax = 8', budget=budget)
@@ -99,7 +99,7 @@ def test_limits_that_change_replace_workers_in_turn_and_lose_nothing() -> None:
 
 def test_auto_follows_the_limits_until_scale_says_otherwise() -> None:
     def with_max(number: int, count: str = '"auto"') -> None:
-        text = foreign(farm.port, "cores = 16", f"count = {count}")
+        text = external_server(farm.port, "cores = 16", f"count = {count}")
         farm.configure(text.replace("max = 4", f"max = {number}"))
 
     with new_farm() as farm:

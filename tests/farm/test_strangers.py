@@ -17,7 +17,7 @@ from tests.farm.harness import FarmUnderTest, new_farm
 from tests.farm.models import serve_work
 from tests.waiting import free_port, until
 
-NOBODY = 65534
+UNPRIVILEGED_USER = 65534
 TRY_TO_LISTEN = """
 import os, socket, sys
 os.setuid(int(sys.argv[1]))
@@ -47,7 +47,7 @@ def succeeds(program: str, *arguments: str) -> bool:
     """Whether another user can do it."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
-    command = ["/usr/bin/env", "python3", "-c", program, str(NOBODY), *arguments]
+    command = ["/usr/bin/env", "python3", "-c", program, str(UNPRIVILEGED_USER), *arguments]
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stderr
     return done.returncode == 0
@@ -100,7 +100,7 @@ def test_only_nginx_and_the_workers_listen_on_tcp() -> None:
         assert listening == expected
 
 
-def test_the_public_health_tells_nothing_that_a_stranger_could_use() -> None:
+def test_the_public_health_reveals_nothing_private() -> None:
     with new_farm() as farm:
         serve_work(farm)
         farm.run("up")
@@ -112,7 +112,7 @@ def test_the_public_health_tells_nothing_that_a_stranger_could_use() -> None:
             assert httpx.get(f"{farm.url}{path}").status_code == 404, path
 
 
-def test_a_farm_of_another_configuration_is_replaced_only_when_told_so(tmp_path: Path) -> None:
+def test_a_farm_of_another_configuration_is_replaced_only_on_request(tmp_path: Path) -> None:
     with new_farm(workers="count = 1") as farm:
         farm.run("up")
         pids, home = farm.pids(), farm.folder

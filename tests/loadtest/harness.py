@@ -133,7 +133,7 @@ class _Answers(BaseHTTPRequestHandler):
         elif way == "refuse":
             self._send(429, "application/json", b"{}", {"Retry-After": "0.01"})
         elif way == "fail":
-            body = {"error": {"message": "nobody is here", "code": "no_worker"}}
+            body = {"error": {"message": "no worker is here", "code": "no_worker"}}
             self._send(503, "application/json", json.dumps(body).encode())
         elif way == "absent":
             body = {"error": {"message": "There is no such path here.", "code": "not_found"}}
@@ -152,8 +152,8 @@ class _Answers(BaseHTTPRequestHandler):
         self, status: int, content_type: str, body: bytes, headers: dict[str, str] | None = None
     ) -> None:
         self.send_response(status)
-        told = {"Content-Type": content_type, "Content-Length": str(len(body)), **(headers or {})}
-        for name, value in told.items():
+        sent = {"Content-Type": content_type, "Content-Length": str(len(body)), **(headers or {})}
+        for name, value in sent.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)

@@ -21,10 +21,10 @@ FEW = ("--workers", "1", "--concurrency", "2", "--service-ms", "1", "--seconds",
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """The exit code, and the one line that is said instead of figures."""
     code = main([*FEW, *words])
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.count("\n") == 1, told.err
-    return code, told.err
+    message = capsys.readouterr()
+    assert message.out == ""
+    assert message.err.count("\n") == 1, message.err
+    return code, message.err
 
 
 def test_no_farm_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,8 +90,8 @@ def test_the_farm_of_a_run_serves_the_sleep_model_and_is_gone_afterwards(
     assert [call[0] for call in calls_of(tmp_path)] == ["up", "down"]
     assert calls_of(tmp_path)[1][2] == str(file)
     assert not file.parent.exists()
-    told = (tmp_path / "environment").read_text()
-    assert "GPUFARM_" not in told, "what its caller has set is meant for another farm"
+    message = (tmp_path / "environment").read_text()
+    assert "GPUFARM_" not in message, "what its caller has set is meant for another farm"
 
 
 def test_a_terminated_run_stops_its_farm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,16 +23,16 @@ def sample(start: float, latency: float, inference: float | None = None) -> Samp
 
 
 def test_added_is_what_lies_beyond_the_service_time() -> None:
-    told = added([sample(0, 0.021, 0.0201), sample(0, 0.022, 0.0201), sample(0, 0.030)], 0.020)
-    assert told["added_ms_p50"] == pytest.approx(2)
-    assert told["added_ms_p99"] == pytest.approx(9.84)
-    assert told["added_beyond_inference_ms_p50"] == pytest.approx(1.4)
+    figures = added([sample(0, 0.021, 0.0201), sample(0, 0.022, 0.0201), sample(0, 0.030)], 0.020)
+    assert figures["added_ms_p50"] == pytest.approx(2)
+    assert figures["added_ms_p99"] == pytest.approx(9.84)
+    assert figures["added_beyond_inference_ms_p50"] == pytest.approx(1.4)
 
 
 def test_share_of_workers_that_never_idle_is_one() -> None:
     samples = [sample(0.02 * n + 0.005 * w, 0.02) for n in range(500) for w in range(4)]
-    told = share(samples, workers=4, service=0.020)
-    assert told["share"] == pytest.approx(1, abs=0.01)
+    figures = share(samples, workers=4, service=0.020)
+    assert figures["share"] == pytest.approx(1, abs=0.01)
     assert share(samples, workers=8, service=0.020)["share"] == pytest.approx(0.5, abs=0.01)
 
 
@@ -53,10 +53,10 @@ def test_against_a_server_of_one_worker(tmp_path: Path, capsys: pytest.CaptureFi
     finally:
         process.terminate()
         process.wait(20)
-    told = json.loads(capsys.readouterr().out)
-    assert told["failed"] == 0
-    assert 0.3 < told["share"] < 1.01
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["failed"] == 0
+    assert 0.3 < figures["share"] < 1.01
     with samples.open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == told["requests"]
+    assert len(rows) == figures["requests"]
     assert {row["run"] for row in rows} == {"alone", "full"}

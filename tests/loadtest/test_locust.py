@@ -32,7 +32,7 @@ def hum(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
         yield worker
 
 
-def test_a_run_tells_everything_beside_latency(hum: WorkerProcess, tmp_path: Path) -> None:
+def test_a_run_reports_more_than_latency(hum: WorkerProcess, tmp_path: Path) -> None:
     limits = ("--max-latency-ms", 60000, "--max-failure-share", 0, "--max-real-time-factor", 100)
     words = ("-u", 2, "-r", 10, "-t", "3s", *PACED, *limits, "--stop-timeout", "30s")
     run = Run(tmp_path, hum.url, *words, "--csv", tmp_path / "l", "--html", tmp_path / "l.html")
@@ -60,7 +60,7 @@ def test_a_run_tells_everything_beside_latency(hum: WorkerProcess, tmp_path: Pat
     assert AUDIO in (tmp_path / "l.html").read_text()
 
 
-def test_streams_tell_the_time_to_first_audio(hum: WorkerProcess, tmp_path: Path) -> None:
+def test_streams_report_the_time_to_first_audio(hum: WorkerProcess, tmp_path: Path) -> None:
     words = ("-u", 1, "-t", "2s", "--text", "short", "--stop-timeout", "30s", *PACED)
     run = Run(tmp_path, hum.url, *words, "StreamingSpeechUser")
     assert run.code == 0, run.log
@@ -82,13 +82,13 @@ def test_any_predict(tmp_path: Path) -> None:
     assert ("predict", AUDIO) not in run.stats
 
 
-def test_refused_is_not_failed_and_failed_is_told(tmp_path: Path) -> None:
+def test_refused_is_not_failed_and_failures_have_a_reason(tmp_path: Path) -> None:
     with StandIn("ok", "refuse", "fail", "json", "cut", "silent") as farm:
         words = ("-u", 1, "-t", "2s", "--stop-timeout", "30s", "--arrivals", 30, "--loop", "open")
         run = Run(tmp_path, farm.url, *words, "--max-failure-share", 0.9)
-        assert run.code == 0, "as many failures as somebody allowed"
+        assert run.code == 0, "as many failures as --max-failure-share allows"
         counted = Counter(row["outcome"] for row in run.rows)
-        refused = run.stats["speech", "refused, 429 (ms until told)"]
+        refused = run.stats["speech", "refused, 429 (ms until the response)"]
         assert refused["num_requests"] == counted["refused"] > 0
         assert refused["num_failures"] == 0
         posts = [entry for (kind, _), entry in run.stats.items() if kind == "POST"]
@@ -108,11 +108,11 @@ def test_refused_is_not_failed_and_failed_is_told(tmp_path: Path) -> None:
         assert "threshold EXCEEDED: share of refused requests" in run.log
 
 
-def test_nobody_there_is_no_success(tmp_path: Path) -> None:
+def test_a_run_without_a_server_fails(tmp_path: Path) -> None:
     words = ("-u", 1, "-t", "1s", "--max-latency-ms", 1000)
     run = Run(tmp_path, f"http://127.0.0.1:{free_port()}", *words)
     assert run.code == 1
-    assert "EXCEEDED: p95 of latency in ms nothing to judge" in run.log
+    assert "EXCEEDED: p95 of latency in ms nothing measured" in run.log
     # A caller that cannot connect does not try in a tight loop.
     assert 0 < len(run.rows) < 20
     assert {row["status"] for row in run.rows} == {"0"}
@@ -140,7 +140,7 @@ def test_a_slow_farm_does_not_slow_the_arrivals(tmp_path: Path) -> None:
     assert len(rows) == pytest.approx(20 * span + 1, abs=1)
     counted = Counter(row["outcome"] for row in rows)
     assert counted["ok"] < len(rows) / 2
-    # What nobody answered before the end is told, not forgotten: it waited the longest.
+    # What was unanswered at the end is counted: it waited the longest.
     unfinished = run.stats["speech", "unfinished when the run ended (ms waited so far)"]
     assert unfinished["num_requests"] == counted["unfinished"] > 0
     waited = [float(row["latency_ms"]) for row in rows if row["outcome"] == "ok"]
@@ -191,9 +191,9 @@ def test_the_page_shows_arguments_and_statistics(hum: WorkerProcess, tmp_path: P
         assert page.post("/swarm", data=form).json()["success"]
 
         def names() -> dict[str, Any]:
-            told = page.get("/stats/requests").json()
-            stats = {entry["name"]: entry for entry in told["stats"]}
-            return stats if told["user_count"] == 3 and AUDIO in stats else {}
+            message = page.get("/stats/requests").json()
+            stats = {entry["name"]: entry for entry in message["stats"]}
+            return stats if message["user_count"] == 3 and AUDIO in stats else {}
 
         stats = until(names, "the statistics of the first step", PATIENCE)
         assert "/v1/audio/speech, short text" in stats
@@ -210,9 +210,9 @@ def test_the_page_shows_arguments_and_statistics(hum: WorkerProcess, tmp_path: P
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--steps", "1,two"), "'1,two' is no list of numbers of users"),
-        (("--arrivals", "0"), "'0' is no number above 0"),
-        (("--max-latency-ms", "soon"), "'soon' is no number of 0 or more"),
+        (("--steps", "1,two"), "'1,two' must be a list of numbers of users"),
+        (("--arrivals", "0"), "'0' must be a number above 0"),
+        (("--max-latency-ms", "soon"), "'soon' must be a number of 0 or more"),
         (("--predict-body", "{"), "'{' is not JSON"),
     ],
 )

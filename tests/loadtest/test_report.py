@@ -98,7 +98,7 @@ def test_a_step_ends_when_the_next_begins() -> None:
     late = [replace(row, step_start=START + 10.5) for row in ROWS if row.step_users == 2]
     first, second = summarise([row for row in ROWS if row.step_users == 1] + late)["steps"]
     assert (first["seconds"], second["seconds"]) == (pytest.approx(10.5), pytest.approx(10))
-    # A step in between in which nobody was asked does not lengthen the one before.
+    # A step in between in which no request was made does not lengthen the one before.
     far = [replace(row, step_start=START + 30) for row in late]
     assert summarise(ROWS[:10] + far)["steps"][0]["seconds"] == pytest.approx(10)
 
@@ -145,12 +145,12 @@ def test_no_interval_is_below_zero_or_of_a_handful() -> None:
 
 def test_a_stream_names_its_figures_in_full() -> None:
     rows = [sample(n / 10, 100 + n, kind="stream", real_time_factor=None) for n in range(20)]
-    told = shown(rows)
-    assert "real-time factor, waiting included (latency per audio second): avg" in told
-    assert "real-time factor (inference" not in told
+    table = shown(rows)
+    assert "real-time factor, waiting included (latency per audio second): avg" in table
+    assert "real-time factor (inference" not in table
 
 
-def test_thresholds_are_judged_by_the_figures_that_are_shown() -> None:
+def test_thresholds_use_the_figures_of_the_table() -> None:
     names = ("latency_ms", "failure_share", "refused_share", "real_time_factor")
     options = argparse.Namespace(**{f"max_{name}": "" for name in names})
     figures = summarise(ROWS)["total"]
@@ -186,9 +186,9 @@ def test_a_report_recomputes_and_refuses_what_does_not(
     figures = summarise(samples.read(tmp_path / report.SAMPLES))
     report.store(tmp_path, figures, FARM)
     assert report.main([str(tmp_path)]) == 0
-    told = capsys.readouterr().out
-    assert "provider really used: CPU" in told
-    assert "84.0" in told, "requests per minute"
+    table = capsys.readouterr().out
+    assert "provider really used: CPU" in table
+    assert "84.0" in table, "requests per minute"
 
     document = json.loads((tmp_path / report.SUMMARY).read_text())
     document["summary"]["steps"][1]["latency_ms"]["average"] *= 0.99
@@ -204,19 +204,6 @@ def test_a_report_recomputes_and_refuses_what_does_not(
     write(tmp_path, ROWS[1:])
     assert report.main([str(tmp_path)]) == 1
     assert "but the rows give" in capsys.readouterr().err
-
-
-def test_the_same_rows_under_two_names_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    one, other = write(tmp_path / "one", ROWS), write(tmp_path / "other", ROWS)
-    assert report.main([str(one)]) == 0
-    capsys.readouterr()
-    assert report.main([str(one), str(other)]) == 1
-    assert "hold the same 32 latencies" in capsys.readouterr().err
-    copied = [replace(row, step_start=START + 10, step_users=2) for row in ROWS[:10]]
-    with pytest.raises(MismatchError, match="step 1 and step 2"):
-        summarise(ROWS[:10] + copied)
 
 
 def test_differences_are_named() -> None:

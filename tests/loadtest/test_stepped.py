@@ -35,7 +35,7 @@ def test_a_stepped_run_and_its_report(tmp_path: Path) -> None:
     with WorkerProcess(tmp_path, "tests.workers.models.speech:Hum") as worker:
         done = run(tmp_path, "--host", worker.url, *steps, *paced)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "provider really used: not told" in done.stdout
+    assert "provider really used: not reported" in done.stdout
     assert "device cpu" in done.stdout
     assert "warm-up, not counted" in done.stdout
     folder = tmp_path / "r"
@@ -103,7 +103,7 @@ def test_a_farm_of_which_nothing_is_known_is_left_alone(
     assert {call[0] for call in calls_of(tmp_path)} == {"ps"}
 
 
-def test_failures_and_thresholds_are_told_one_line_each(tmp_path: Path) -> None:
+def test_failures_and_thresholds_are_one_line_each(tmp_path: Path) -> None:
     words = ("--steps", "1", "--seconds", "2", "--warm-up", "1", "--name", "r")
     paced = ("--loop", "open", "--arrivals", "20", "--request", "stream")
     limits = ("--max-latency-ms", "0.0001", "--max-refused-share", "0.5")
@@ -127,10 +127,10 @@ def test_failures_and_thresholds_are_told_one_line_each(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--steps", ""), "argument --steps: it is empty; numbers of users are needed"),
-        (("--steps", "1,0"), "'1,0' is no list of numbers of users"),
+        (("--steps", ""), "argument --steps: must not be empty; list numbers of users"),
+        (("--steps", "1,0"), "'1,0' must be a list of numbers of users"),
         (("--text", "huge"), "argument --text: invalid choice: 'huge'"),
-        (("--arrivals", "0"), "'0' is no number above 0"),
+        (("--arrivals", "0"), "'0' must be a number above 0"),
         (("--predict-body", "{"), "'{' is not JSON"),
         (("--texts", "nowhere.txt"), "nowhere.txt: cannot be read"),
     ],
@@ -143,16 +143,16 @@ def test_a_bad_argument_is_one_line_and_leaves_nothing(
     except SystemExit as ending:
         code = ending.code
     assert code == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert said in told
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert said in message
     assert not (tmp_path / "results").exists()
 
 
-def test_what_a_farm_tells() -> None:
-    told = {"workers": [{"provider": "b"}, {"provider": "a"}, {"provider": "b"}, {}]}
-    assert farm.named(told, "provider") == "a, b"
-    assert farm.named({"workers": [{}]}, "provider") == "not told"
+def test_a_farms_health_is_summarised() -> None:
+    health = {"workers": [{"provider": "b"}, {"provider": "a"}, {"provider": "b"}, {}]}
+    assert farm.named(health, "provider") == "a, b"
+    assert farm.named({"workers": [{}]}, "provider") == "not reported"
     with StandIn("ok") as server:
         described = farm.describe(server.url)
     assert described["workers"][0]["id"] == "w1"
@@ -172,7 +172,7 @@ def test_texts_of_every_length() -> None:
     ("content", "said"),
     [
         ("hello", ":1: a text before the first heading"),
-        ("[tiny]\nhello", r":1: \[tiny\] is none of short, medium, long"),
+        ("[tiny]\nhello", r":1: \[tiny\] is not a group; use one of short, medium, long"),
         ("[short]\na\n[long]\nb", r"no texts under \[medium\]"),
     ],
 )

@@ -52,8 +52,43 @@ def test_what_may_succeed_later_ends_with_1_and_one_line(
     assert_ends(tmp_path, target, 1, words)
 
 
-def assert_ends(folder: Path, target: str, code: int, words: str) -> None:
-    worker = WorkerProcess(folder, target)
+def without_extras(folder: Path) -> dict[str, str]:
+    """An environment in which what the extra [speech] installs cannot be imported."""
+    absent = folder / "absent"
+    absent.mkdir()
+    for name in ("numpy", "soundfile", "num2words"):
+        (absent / f"{name}.py").write_text(f"raise ModuleNotFoundError('absent', name={name!r})\n")
+    return {"PYTHONPATH": f"{absent}:{REPOSITORY}"}
+
+
+def test_a_base_installation_serves_predict(tmp_path: Path) -> None:
+    target = "tests.workers.models.plain:Echo"
+    with WorkerProcess(tmp_path, target, environment=without_extras(tmp_path)) as worker:
+        assert worker.client.post(f"{worker.url}/predict", json={"a": 1}).json() == {
+            "echo": {"a": 1}
+        }
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (
+            f"{FAULTY}:NoVoices",
+            "numpy is not installed; install it with: pip install 'gpufarm[speech]'",
+        ),
+        ("workers.models.voice:Voice", "pip install 'gpufarm[speech,torch,onnx]'"),
+    ],
+)
+def test_a_base_installation_names_the_extra_that_a_speech_model_needs(
+    tmp_path: Path, target: str, words: str
+) -> None:
+    assert_ends(tmp_path, target, 3, words, without_extras(tmp_path))
+
+
+def assert_ends(
+    folder: Path, target: str, code: int, words: str, environment: dict[str, str] | None = None
+) -> None:
+    worker = WorkerProcess(folder, target, environment=environment)
     try:
         assert worker.wait() == code
         (queue,) = worker.lines

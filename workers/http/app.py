@@ -12,7 +12,6 @@ from starlette.types import ASGIApp
 from workers.errors import ApiError
 from workers.http.middleware import ContextMiddleware, ModelRoute
 from workers.http.predict import Predict
-from workers.http.speech import Speech
 from workers.http.state import WorkerState
 from workers.http.status import Status
 from workers.model.responses import as_json
@@ -33,6 +32,9 @@ def build_app(worker: WorkerState) -> ASGIApp:
         predict = ModelRoute(worker, Predict(worker))
         routes += [Route(path, predict, methods=["POST"]) for path in worker.loaded.predict_paths]
     if worker.loaded.speaks:
+        # Needs numpy and soundfile, which only the extra [speech] installs.
+        from workers.http.speech import Speech  # noqa: PLC0415
+
         routes.append(
             Route("/v1/audio/speech", ModelRoute(worker, Speech(worker)), methods=["POST"])
         )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import math
 import os
 import socket
-from collections.abc import Generator
 from types import FrameType
 
 import uvicorn
@@ -122,12 +120,6 @@ class Server(uvicorn.Server):
         if self.should_exit:
             os._exit(128 + sig)
         self.should_exit = True
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        self._captured_signals.clear()
-        with super().capture_signals():
-            yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         queue = self._worker.queue

@@ -13,12 +13,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from workers.errors import Cancelled, InvalidRequest
+
+if TYPE_CHECKING:  # a model that does not speak is served without numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = [
     "Audio",
@@ -30,7 +31,7 @@ __all__ = [
     "Work",
 ]
 
-Audio = NDArray[np.float32]
+Audio: TypeAlias = "NDArray[np.float32]"
 """Mono samples in [-1, 1], shape (samples,)."""
 
 

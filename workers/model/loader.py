@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -9,7 +10,6 @@ from typing import Any, TypeVar
 
 from workers.errors import LoadError
 from workers.model.async_calls import DeviceLoop
-from workers.model.audio import samples
 from workers.model.contract import Audio, SpeechRequest
 from workers.model.litserve import LitModel, is_litapi
 from workers.model.loading import attempt, construct, load_class
@@ -51,6 +51,8 @@ class LoadedModel:
 
     def speak(self, request: SpeechRequest) -> Iterator[Audio]:
         """The speech in finite float32 chunks, while it is being made."""
+        from workers.model.audio import samples  # noqa: PLC0415 - see _check_speech_extra
+
         chunks = self._loop.resolved(self._model.speak(request))
         try:
             for chunk in chunks:
@@ -100,6 +102,8 @@ def load(spec: Spec, device: str, executor: Executor) -> LoadedModel:
 
 def _prepare(cls: type[Any], spec: Spec, device: str) -> LoadedModel:
     _check_class(cls, spec)
+    if hasattr(cls, "speak"):
+        _check_speech_extra(spec)
     began = time.perf_counter()
     model = construct(cls, spec)
     loop = DeviceLoop()
@@ -136,6 +140,17 @@ def _check_class(cls: type[Any], spec: Spec) -> None:
         raise LoadError(
             f"{spec.target} has neither predict(request) nor speak(request); a model needs one"
         )
+
+
+def _check_speech_extra(spec: Spec) -> None:
+    """Import what encodes speech, which the base installation lacks. Raises LoadError."""
+    try:
+        importlib.import_module("workers.model.audio")
+    except ModuleNotFoundError as error:
+        raise LoadError(
+            f"{spec.target} has speak(request), but the module {error.name} is not installed; "
+            "install it with: pip install 'gpufarm[speech]'"
+        ) from None
 
 
 def _read_voice(model: Any, loaded: LoadedModel) -> None:

@@ -106,13 +106,20 @@ def _import(name: str, spec: Spec) -> Any:
         if name != missing and not name.startswith(f"{missing}."):
             raise LoadError(
                 f'model.target "{spec.target}": {name} needs the module {missing}, which is not '
-                f"installed{_place(error)}; install it into {sys.prefix}"
+                f"installed{_place(error)}; {_installation(name)}"
             ) from None
         searched = ", ".join(str(folder) for folder in spec.path) or "no folders of its own"
         raise LoadError(
             f'model.target "{spec.target}": there is no module {missing}; searched {searched} '
             f"and the installed packages; correct the name, or add its folder to workers.path"
         ) from None
+
+
+def _installation(name: str) -> str:
+    """The remedy when the module ``name`` imports something that is not installed."""
+    if name.startswith("workers.models."):
+        return "install what it needs with: pip install 'gpufarm[speech,torch,onnx]'"
+    return f"install it into {sys.prefix}"
 
 
 _OWN_PACKAGES = ("workers", "launcher", "balancer", "loadtest")

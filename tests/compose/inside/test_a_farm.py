@@ -1,4 +1,4 @@
-"""`docker-compose up` as the README has it: one farm's story, told in order."""
+"""`docker-compose up` as the README has it: the life of one farm, in order."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_official_client_hears_a_stream(client: openai.OpenAI) -> None:
     assert sum(map(len, chunks)) % 2 == 0
 
 
-def test_the_official_client_is_told_what_is_wrong(client: openai.OpenAI) -> None:
+def test_the_official_client_gets_a_clear_error(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="nonesuch"):
         client.audio.speech.create(model="nonesuch", voice="default", input="Hello.")
     with pytest.raises(openai.BadRequestError, match="aac"):
@@ -92,7 +92,7 @@ def test_the_official_client_is_told_what_is_wrong(client: openai.OpenAI) -> Non
         )
 
 
-def test_every_process_tells_its_log_on_stdout() -> None:
+def test_every_process_logs_to_stdout() -> None:
     named = {line.partition(" | ")[0] for line in FARM.logs() if " | " in line}
     assert {"gpufarm", "supervisord", "controller", "w1"} <= named
 
@@ -146,7 +146,7 @@ def test_a_stopped_container_finishes_what_it_has_begun() -> None:
     streams = [_Stream() for _ in range(4)]
     with ThreadPoolExecutor(len(streams)) as pool:
         answers: list[Future[int]] = [pool.submit(stream.read) for stream in streams]
-        until(lambda: any(stream.begun for stream in streams), "somebody hears something")
+        until(lambda: any(stream.begun for stream in streams), "a caller has received audio")
         assert not all(answer.done() for answer in answers)
         FARM.compose("stop")
         assert [answer.result() for answer in answers] == [whole] * len(streams)

@@ -14,7 +14,7 @@ TRIES = 4
 """The first, and the three that the compose file allows."""
 
 
-def ends_clearly(farm: Project, code: int, *told: str) -> None:
+def ends_clearly(farm: Project, code: int, *messages: str) -> None:
     """The container is given up with ``code``, having said the same line at every start."""
     farm.compose("up", "-d", "--no-build", "--pull", "never")
     state = farm.wait_until_given_up()
@@ -24,7 +24,7 @@ def ends_clearly(farm: Project, code: int, *told: str) -> None:
     assert len(lines) == TRIES, farm.logs()
     # But for how many bytes are free just then.
     assert len({re.sub(r"[\d.]+", "", line) for line in lines}) == 1
-    for words in told:
+    for words in messages:
         assert words in lines[0]
 
 

@@ -1,4 +1,4 @@
-"""Locust beside the farm, distributed, told what to do through its own page."""
+"""Locust beside the farm, distributed, and driven through its own page."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def test_a_master_and_two_workers_load_the_farm() -> None:
         farm.compose("--profile", "loadtest", "up", "-d", "--no-build", "--pull", "never")
         until(lambda: len(stats()["workers"]) == WORKERS, "both workers have come")
         spoken = run()
-        told = {row["name"] for row in spoken["stats"]}
-        assert told >= {AUDIO, CALLER_FACTOR, FACTOR, INFERENCE, QUEUE}
-        assert FIRST_AUDIO not in told
+        names = {row["name"] for row in spoken["stats"]}
+        assert names >= {AUDIO, CALLER_FACTOR, FACTOR, INFERENCE, QUEUE}
+        assert FIRST_AUDIO not in names
         # A choice made on the page reaches the workers.
         streamed = run(request="stream")
         assert FIRST_AUDIO in {row["name"] for row in streamed["stats"]}

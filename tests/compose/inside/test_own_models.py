@@ -59,8 +59,8 @@ def test_the_model_of_the_readme_as_written(tmp_path: Path) -> None:
         assert httpx.post(f"{farm.url}/predict", content=HELLO, timeout=60).status_code == 200
 
 
-def test_a_foreign_server() -> None:
-    with project("foreign", FARMS / "foreign") as farm:
+def test_an_external_server() -> None:
+    with project("external", FARMS / "external") as farm:
         farm.up()
         with steady(farm.url, "/anything", HELLO, clients=2) as load:
             farm.gpufarm("scale", "3")
