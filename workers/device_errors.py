@@ -71,9 +71,9 @@ _NO_MEMORY = re.compile(
 )
 
 
-def is_exhausted(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether memory ran out, of the host or of the device, here or in a cause."""
-    return any(_ran_out(cause) for cause in _causes(error))
+    return any(_is_out_of_memory(cause) for cause in _causes(error))
 
 
 def is_sticky(error: BaseException) -> bool:
@@ -82,7 +82,7 @@ def is_sticky(error: BaseException) -> bool:
     return any(_lost(cause) for cause in _causes(error))
 
 
-def _ran_out(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
@@ -95,7 +95,7 @@ def _ran_out(error: BaseException) -> bool:
 
 
 def _lost(error: BaseException) -> bool:
-    if _ran_out(error):
+    if _is_out_of_memory(error):
         return False
     # ONNX Runtime's name for a device that was reset or removed under it
     if type(error).__name__ == "DeviceReset" and type(error).__module__.startswith("onnxruntime"):

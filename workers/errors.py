@@ -33,7 +33,7 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
-        may_go_on: bool = False,
+        try_next_worker: bool = False,
     ) -> None:
         """``may_go_on``: a refusal by this worker before any work, which the next may not share."""
         super().__init__(message)
@@ -42,7 +42,7 @@ class ApiError(Exception):
         self.code = code
         self.param = param
         self.headers = dict(headers or {})
-        self.may_go_on = may_go_on
+        self.try_next_worker = try_next_worker
 
     @property
     def type(self) -> str:
@@ -66,7 +66,7 @@ def invalid(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, code="invalid_request", param=param)
 
 
-def unknown(kind: str, name: str, known: list[str]) -> ApiError:
+def not_found(kind: str, name: str, known: list[str]) -> ApiError:
     """A model or voice that is not here: 404 with those that are."""
     return ApiError(
         404,
@@ -94,7 +94,7 @@ class ModelFailed(Exception):  # noqa: N818 - says who failed
         self.sticky = sticky
 
 
-def reduced(error: BaseException) -> Exception:
+def without_frames(error: BaseException) -> Exception:
     """The same error without its frames, which would keep the request's tensors alive."""
     if isinstance(error, InvalidRequest | ApiError | Cancelled):
         return error.with_traceback(None)

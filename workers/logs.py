@@ -67,14 +67,14 @@ class JsonFormatter(_Formatter):
         return json.dumps(body, ensure_ascii=False, default=str)
 
 
-class _Expected(logging.Filter):
+class _ExpectedErrors(logging.Filter):
     """uvicorn complains about answers that were cut on purpose; the request's own line tells."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "without completing response" not in record.getMessage()
 
 
-_expected = _Expected()
+_expected_errors = _ExpectedErrors()
 
 
 def set_up(worker_id: str, log_format: str = "text") -> None:
@@ -88,5 +88,5 @@ def set_up(worker_id: str, log_format: str = "text") -> None:
     log.setLevel(logging.INFO)
     uvicorn = logging.getLogger("uvicorn.error")
     uvicorn.setLevel(logging.WARNING)
-    uvicorn.addFilter(_expected)
+    uvicorn.addFilter(_expected_errors)
     logging.captureWarnings(True)

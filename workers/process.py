@@ -28,16 +28,16 @@ from workers.model.spec import Spec, read_spec
 from workers.queueing.crash_guard import CrashGuard
 from workers.queueing.health import HealthReports
 from workers.queueing.queue import RequestQueue
-from workers.queueing.watchdog import watch
+from workers.queueing.watchdog import start_watchdog
 
 EXIT_FAILED = 1
 EXIT_CANNOT_LOAD = 3
 EXIT_INTERRUPTED = 130
 
-_CALL_PATIENCE = 2.0
+_CALL_TIMEOUT = 2.0
 """Seconds after the drain in which a call may end whose caller is gone."""
 
-_END_PATIENCE = 5.0
+_EXIT_TIMEOUT = 5.0
 """Seconds in which a model's threads and exit handlers may end."""
 
 
@@ -50,13 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _serve(options)
     except LoadError as error:
         log.error("cannot load: %s", error)
-        return _end(EXIT_CANNOT_LOAD if error.permanent else EXIT_FAILED)
+        return _exit(EXIT_CANNOT_LOAD if error.permanent else EXIT_FAILED)
     except PortTaken as error:
         log.error("cannot listen: %s", error)
-        return _end(EXIT_FAILED)
+        return _exit(EXIT_FAILED)
     except KeyboardInterrupt:
         log.error("interrupted while loading")
-        return _end(EXIT_INTERRUPTED)
+        return _exit(EXIT_INTERRUPTED)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -73,7 +73,7 @@ def _load_and_listen(options: argparse.Namespace, spec: Spec, reserved: socket.s
     began = time.perf_counter()
     loaded = load(spec, options.device, device_thread)
     queue = RequestQueue(device_thread, spec.queue_size, CrashGuard(spec.cache_dir, options.id))
-    queue.on_ended = HealthReports(queue, loaded).request_ended
+    queue.on_request_ended = HealthReports(queue, loaded).request_ended
     metrics = Metrics(options.id, spec.name, queue)
     for phase, seconds in loaded.startup_seconds.items():
         metrics.started(phase, seconds)
@@ -82,26 +82,26 @@ def _load_and_listen(options: argparse.Namespace, spec: Spec, reserved: socket.s
     log.info(
         "loaded %s device=%s seconds=%.2f", spec.target, options.device, time.perf_counter() - began
     )
-    watch(queue, spec.request_timeout)
+    start_watchdog(queue, spec.request_timeout)
     Server(build_app(worker), worker).listen(reserved)
-    return _drained(queue)
+    return _finish(queue)
 
 
-def _drained(queue: RequestQueue) -> int:
+def _finish(queue: RequestQueue) -> int:
     """Every caller has been answered. A call that nobody waits for any more gets a moment."""
-    deadline = time.monotonic() + _CALL_PATIENCE
+    deadline = time.monotonic() + _CALL_TIMEOUT
     while queue.running and time.monotonic() < deadline:
         time.sleep(0.02)
     log.info("drained served=%d", queue.completed)
     if queue.running:
         log.warning("a call of the model goes on that nobody waits for; ending without it")
         os._exit(0)
-    return _end(0)
+    return _exit(0)
 
 
-def _end(code: int) -> int:
+def _exit(code: int) -> int:
     """Let the interpreter end, but not wait for ever for what a model left behind."""
-    guard = threading.Timer(_END_PATIENCE, os._exit, (code,))
+    guard = threading.Timer(_EXIT_TIMEOUT, os._exit, (code,))
     guard.daemon = True
     guard.start()
     return code

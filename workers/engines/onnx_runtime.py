@@ -48,11 +48,11 @@ class ProviderError(RuntimeError):
 
 @dataclass(frozen=True)
 class Profile:
-    """Shapes of one input for TensorRT: the smallest, the usual and the largest."""
+    """Shapes of one input, as TensorRT names them: the smallest, the usual and the largest."""
 
-    smallest: tuple[int, ...]
-    usual: tuple[int, ...]
-    largest: tuple[int, ...]
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class OnnxEngine:
         if session is None:
             return None
         nodes = _nodes(session)
-        reason = _unmet(name, nodes, self.options)
+        reason = _unmet_requirement(name, nodes, self.options)
         if reason is not None:
             self.refusals.append(f"{name}: {reason}")
             return None
@@ -179,7 +179,7 @@ class OnnxEngine:
         if provider not in available:
             self.refusals.append(f"{name}: this build of onnxruntime has no {provider}")
             return None
-        chain = [below for below in _downwards(name) if PROVIDERS[below] in available]
+        chain = [below for below in _fallback_chain(name) if PROVIDERS[below] in available]
         for below in chain:
             _load_libraries(below)
         settings = onnxruntime.SessionOptions()
@@ -187,7 +187,7 @@ class OnnxEngine:
         settings.inter_op_num_threads = 1
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
-            with _locked(self.options.cache_dir if name == "tensorrt" else None):
+            with _build_lock(self.options.cache_dir if name == "tensorrt" else None):
                 session = onnxruntime.InferenceSession(
                     str(path),
                     settings,
@@ -229,13 +229,13 @@ def _remedy(options: Options) -> str:
     )
 
 
-def _downwards(name: str) -> Sequence[str]:
+def _fallback_chain(name: str) -> Sequence[str]:
     """The provider and all below it: what it does not take, the next one is offered."""
     names = list(PROVIDERS)
     return names[names.index(name) :]
 
 
-def _unmet(name: str, nodes: Sequence[Node], options: Options) -> str | None:
+def _unmet_requirement(name: str, nodes: Sequence[Node], options: Options) -> str | None:
     """Why a session on ``name`` that placed its nodes so is not what ``options`` ask for."""
     gpu_required = options.requirement not in ("any", "cpu")
     if not nodes:
@@ -277,9 +277,8 @@ def _provider_options(name: str, options: Options) -> dict[str, str]:
         for key in ("trt_engine_cache", "trt_timing_cache"):
             chosen[f"{key}_enable"] = "1"
             chosen[f"{key}_path"] = str(options.cache_dir)
-    for key in ("smallest", "usual", "largest") if options.profiles else ():
-        word = {"smallest": "min", "usual": "opt", "largest": "max"}[key]
-        chosen[f"trt_profile_{word}_shapes"] = ",".join(
+    for key in ("min", "opt", "max") if options.profiles else ():
+        chosen[f"trt_profile_{key}_shapes"] = ",".join(
             f"{tensor}:{'x'.join(map(str, getattr(profile, key)))}"
             for tensor, profile in options.profiles.items()
         )
@@ -287,7 +286,7 @@ def _provider_options(name: str, options: Options) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path | None) -> Iterator[None]:
+def _build_lock(folder: Path | None) -> Iterator[None]:
     """One engine build at a time: concurrent ones have raced and crashed in the field."""
     if folder is None:
         yield

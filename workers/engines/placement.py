@@ -31,7 +31,7 @@ MIN_OWN_SHARE = 0.5
 """Of the nodes on GPU providers, what the one that was asked for has to run. A TensorRT that leaves
 more to CUDA is slower than CUDA alone: each border between the two ends an engine."""
 
-_MAX_NAMED = 8
+_MAX_NAMES = 8
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,16 @@ def counts(nodes: Sequence[Node]) -> dict[str, int]:
     return dict(Counter(node.provider for node in nodes))
 
 
-def refusal(asked: str, nodes: Sequence[Node]) -> str | None:
+def refusal(requested: str, nodes: Sequence[Node]) -> str | None:
     """Why ``asked`` is a provider in name only; None when it runs enough of the graph."""
-    own = sum(node.provider == asked for node in nodes)
+    own = sum(node.provider == requested for node in nodes)
     if not own:
-        return f"it took none of the nodes ({_told(nodes)})"
-    others = sum(node.provider not in (asked, "cpu") for node in nodes)
-    if asked != "cpu" and own < MIN_OWN_SHARE * (own + others):
-        return f"it took {own} of the {own + others} nodes that a GPU runs ({_told(nodes)})"
+        return f"it took none of the nodes ({_format_counts(nodes)})"
+    others = sum(node.provider not in (requested, "cpu") for node in nodes)
+    if requested != "cpu" and own < MIN_OWN_SHARE * (own + others):
+        return (
+            f"it took {own} of the {own + others} nodes that a GPU runs ({_format_counts(nodes)})"
+        )
     return None
 
 
@@ -73,20 +75,21 @@ def excess_on_cpu(nodes: Sequence[Node]) -> str | None:
     on_cpu = [node for node in nodes if node.provider == "cpu"]
     large = [node for node in on_cpu if not node.is_small]
     if large:
-        return f"the CPU runs {len(large)} of {len(nodes)} nodes that need a GPU: {_named(large)}"
+        names = _format_names(large)
+        return f"the CPU runs {len(large)} of {len(nodes)} nodes that need a GPU: {names}"
     if len(on_cpu) > MAX_CPU_SHARE * len(nodes):
         return (
             f"the CPU runs {len(on_cpu)} of {len(nodes)} nodes, more than the {MAX_CPU_SHARE:.0%} "
-            f"allowed for small ones: {_named(on_cpu)}"
+            f"allowed for small ones: {_format_names(on_cpu)}"
         )
     return None
 
 
-def _told(nodes: Sequence[Node]) -> str:
+def _format_counts(nodes: Sequence[Node]) -> str:
     return ", ".join(f"{provider}: {count}" for provider, count in counts(nodes).items())
 
 
-def _named(nodes: Sequence[Node]) -> str:
-    rest = len(nodes) - _MAX_NAMED
-    named = ", ".join(map(str, nodes[:_MAX_NAMED]))
+def _format_names(nodes: Sequence[Node]) -> str:
+    rest = len(nodes) - _MAX_NAMES
+    named = ", ".join(map(str, nodes[:_MAX_NAMES]))
     return f"{named} and {rest} more" if rest > 0 else named

@@ -40,19 +40,23 @@ def build_app(worker: WorkerState) -> ASGIApp:
     known = [route.path for route in routes if "{" not in route.path]
     known.remove("/longest_request")  # not for the public
 
-    async def refused(request: Request, error: Exception) -> Response:
+    async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return _response(_explained(request, error, known))
+        return _response(_routing_error(request, error, known))
 
     app = Starlette(
         routes=routes,
-        exception_handlers={HTTPException: refused, ApiError: _answered, Exception: _broken},
+        exception_handlers={
+            HTTPException: http_error,
+            ApiError: _api_error,
+            Exception: _internal_error,
+        },
     )
     app.router.redirect_slashes = False
     return ContextMiddleware(app, worker)
 
 
-def _explained(request: Request, error: HTTPException, known: list[str]) -> ApiError:
+def _routing_error(request: Request, error: HTTPException, known: list[str]) -> ApiError:
     path = request.url.path[:200]
     if error.status_code == 404:
         return ApiError(
@@ -69,12 +73,12 @@ def _explained(request: Request, error: HTTPException, known: list[str]) -> ApiE
     return ApiError(error.status_code, error.detail, code="http_error")
 
 
-async def _answered(request: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return _response(error)
 
 
-async def _broken(request: Request, error: Exception) -> Response:
+async def _internal_error(request: Request, error: Exception) -> Response:
     """A fault of the worker itself. Its traceback is in the log."""
     kind = type(error).__name__
     return _response(ApiError(500, f"The worker failed: {kind}.", code="worker_failed"))

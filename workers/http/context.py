@@ -19,12 +19,12 @@ from workers.model.contract import Work
 from workers.model.responses import as_json
 from workers.queueing.crash_guard import CrashGuard
 from workers.queueing.deadline import TimeLimit
-from workers.queueing.job import Abandoned, DeadlinePassed, Job
+from workers.queueing.job import DeadlinePassed, Dropped, Job
 
-WATCH_AFTER = 0.02
+DISCONNECT_CHECK_DELAY = 0.02
 """Seconds after which one begins to look whether the caller has left: short jobs never pay."""
 
-PIECE = 32 * 1024
+MAX_CHUNK_BYTES = 32 * 1024
 """Bytes of a stream that are sent at once, so that a reader's pace is seen within a large item."""
 
 _REFUSALS = "/.gpufarm/"
@@ -47,7 +47,7 @@ class RequestContext:
         self.path: str = scope["path"]
         self.headers = dict(scope["headers"])
         self.limit = TimeLimit(timeout, self.header(b"x-request-start"))
-        self.id = self._identity()
+        self.id = self._request_id()
         self.status: int | None = None
         """The status that was sent; None when nothing was."""
         self.cut: int | None = None
@@ -57,16 +57,16 @@ class RequestContext:
         self.job: Job | None = None
         self.audio_seconds: float | None = None
         self.streamed = False
-        self.dropped: Abandoned | None = None
+        self.dropped: Dropped | None = None
         self.error_event: Callable[[dict[str, Any]], bytes] | None = None
         """How an error is written into the stream that has begun, if it can be."""
-        self.left = False
+        self.disconnected = False
         self.complete = False
         self.unread = False
         """Whether the stream was given up while its reader took nothing."""
         self._sending: asyncio.Timeout | None = None
         self._send = send
-        self._own = [
+        self._worker_headers = [
             (b"x-request-id", self.id.encode()),
             (b"x-worker-id", worker_id.encode()),
         ]
@@ -99,10 +99,10 @@ class RequestContext:
 
         Raises ApiError for a wrong header, and DeadlinePassed where other workers had all its time.
         """
-        asked = self.header(b"x-request-timeout")
-        if asked:
-            self.limit.shorten(asked)
-        if not self.limit.left:
+        requested = self.header(b"x-request-timeout")
+        if requested:
+            self.limit.shorten(requested)
+        if not self.limit.remaining:
             raise DeadlinePassed("waiting")
         return Work(self.limit.deadline)
 
@@ -114,21 +114,21 @@ class RequestContext:
         if length.isdigit() and int(length) > limit:
             raise _too_large(limit)
         try:
-            async with asyncio.timeout(self.limit.left):
+            async with asyncio.timeout(self.limit.remaining):
                 message = await self.receive()
                 if message["type"] == "http.request" and not message.get("more_body"):
                     return _bounded(bytes(message.get("body", b"")), limit)
-                return await self._rest(message, limit)
+                return await self._read_rest(message, limit)
         except TimeoutError:
             raise ApiError(
                 408, f"The body did not arrive within {self.limit}.", code="timeout"
             ) from None
 
-    async def _rest(self, message: Message, limit: int) -> bytes:
+    async def _read_rest(self, message: Message, limit: int) -> bytes:
         body = bytearray()
         while True:
             if message["type"] == "http.disconnect":
-                self.left = True
+                self.disconnected = True
                 raise ApiError(499, "The caller left.", code="caller_left")
             body += message.get("body", b"")
             if len(body) > limit:
@@ -138,7 +138,7 @@ class RequestContext:
             message = await self.receive()
 
     @contextlib.contextmanager
-    def watching(self, job: Job) -> Iterator[None]:
+    def cancel_on_disconnect(self, job: Job) -> Iterator[None]:
         """Drop ``job`` when the caller leaves, and when its answer fails on the way, as in an
         encoder. Costs a task only for jobs that take a while."""
         self.job = job
@@ -146,23 +146,24 @@ class RequestContext:
         tasks: list[asyncio.Task[None]] = []
         loop = asyncio.get_running_loop()
         timer = loop.call_later(
-            WATCH_AFTER, lambda: tasks.append(loop.create_task(self._watch(job)))
+            DISCONNECT_CHECK_DELAY,
+            lambda: tasks.append(loop.create_task(self._wait_for_disconnect(job))),
         )
         try:
             yield
         finally:
             job.on_dropped = None
-            job.leave()
+            job.cancel()
             timer.cancel()
             for task in tasks:
                 task.cancel()
 
-    async def _watch(self, job: Job) -> None:
+    async def _wait_for_disconnect(self, job: Job) -> None:
         while (await self.receive())["type"] != "http.disconnect":
             pass
         if not self.complete:
-            self.left = True
-            job.leave()
+            self.disconnected = True
+            job.cancel()
 
     def _interrupt(self) -> None:
         """The job was dropped: wait no longer for a reader that takes nothing."""
@@ -174,14 +175,14 @@ class RequestContext:
         """ASGI's send, with this worker's headers, for whoever answers below."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message = {**message, "headers": [*message.get("headers", ()), *self._own]}
+            message = {**message, "headers": [*message.get("headers", ()), *self._worker_headers]}
         else:
             if self.first_byte is None and message.get("body"):
                 self.first_byte = self.seconds
             self.complete = not message.get("more_body")
         await self._send(message)
 
-    async def answer(
+    async def respond(
         self, status: int, body: bytes, content_type: str, headers: dict[str, str] | None = None
     ) -> None:
         """One whole answer, the model's or the worker's.
@@ -219,8 +220,8 @@ class RequestContext:
                 await self.end_stream()
             return
         body = as_json(error.body())
-        if not (error.may_go_on and self.balanced):
-            await self.answer(error.status, body, "application/json", error.headers)
+        if not (error.try_next_worker and self.balanced):
+            await self.respond(error.status, body, "application/json", error.headers)
             return
         redirect = {"x-accel-redirect": f"{_REFUSALS}{error.status}"}
         headers = {"content-length": str(len(body)), **error.headers, **redirect}
@@ -243,8 +244,8 @@ class RequestContext:
         """
         try:
             async with asyncio.timeout(None) as self._sending:
-                for start in range(0, len(body), PIECE):
-                    piece = body[start : start + PIECE]
+                for start in range(0, len(body), MAX_CHUNK_BYTES):
+                    piece = body[start : start + MAX_CHUNK_BYTES]
                     await self.send(
                         {"type": "http.response.body", "body": piece, "more_body": True}
                     )
@@ -263,10 +264,10 @@ class RequestContext:
     async def _start(self, status: int, content_type: str, headers: dict[str, str]) -> None:
         pairs = [(b"content-type", content_type.encode("latin-1"))]
         pairs += [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-        pairs += self._timings()
+        pairs += self._timing_headers()
         await self.send({"type": "http.response.start", "status": status, "headers": pairs})
 
-    def _timings(self) -> list[tuple[bytes, bytes]]:
+    def _timing_headers(self) -> list[tuple[bytes, bytes]]:
         job = self.job
         if job is None:
             return []
@@ -280,7 +281,7 @@ class RequestContext:
                 stages.append(b"%b;dur=%.3f" % (token, 1000 * seconds))
         return [*pairs, (b"server-timing", b", ".join(stages))]
 
-    def _identity(self) -> str:
+    def _request_id(self) -> str:
         given = self.header(b"x-request-id")
         return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
@@ -309,7 +310,7 @@ all numbers looked at one by one, which is slow."""
 def _float(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"the number {_short(text)} is beyond the range of a 64-bit float")
+        raise ValueError(f"the number {_shortened(text)} is beyond the range of a 64-bit float")
     return value
 
 
@@ -318,7 +319,7 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _short(text: str) -> str:
+def _shortened(text: str) -> str:
     return text if len(text) <= 40 else f"{text[:20]}… of {len(text)} characters"
 
 

@@ -49,7 +49,7 @@ class Metrics:
 
     def ended(self, context: RequestContext) -> None:
         """Count one request for the model, whatever became of it."""
-        code = context.cut or (499 if context.left else context.status) or 500
+        code = context.cut or (499 if context.disconnected else context.status) or 500
         self._requests.labels(**self._labels, code=str(code)).inc()
         self._duration.observe(context.seconds)
         if context.first_byte is not None:

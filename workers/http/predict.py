@@ -33,10 +33,10 @@ class Predict:
         events = EVENTS in context.header(b"accept")
         call = partial(worker.loaded.predict, payload, events)
         job = worker.queue.submit(call, work, context.key)
-        with context.watching(job):
+        with context.cancel_on_disconnect(job):
             first = await anext(job)
             if isinstance(first, Response):
-                await context.answer(first.status, first.body, first.content_type, first.headers)
+                await context.respond(first.status, first.body, first.content_type, first.headers)
                 return
             # The first item of a stream is its type; its first chunk has to exist before a status
             # is sent, so that an early failure still gets its own.

@@ -59,7 +59,7 @@ def reserve(host: str, port: int) -> socket.socket:
         reserved.bind((host, port))
     except OSError as error:
         reserved.close()
-        raise _taken(host, port, error) from None
+        raise _port_taken(host, port, error) from None
     return reserved
 
 
@@ -99,7 +99,7 @@ class Server(uvicorn.Server):
             )
         )
         self._worker = worker
-        worker.queue.on_sticky = self._end_at_once
+        worker.queue.on_device_lost = self._exit_at_once
 
     def listen(self, reserved: socket.socket) -> None:
         """Serve until drained. Raises PortTaken when another listens there by now."""
@@ -109,7 +109,7 @@ class Server(uvicorn.Server):
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
             reserved.listen(self.config.backlog)
         except OSError as error:
-            raise _taken(host, port, error) from None
+            raise _port_taken(host, port, error) from None
         self.run(sockets=[reserved])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -138,7 +138,7 @@ class Server(uvicorn.Server):
         await asyncio.sleep(_ARRIVAL_GRACE)
         await super().shutdown(sockets)
 
-    def _end_at_once(self) -> None:
+    def _exit_at_once(self) -> None:
         """The device is lost to this process: whoever waits is better served by another."""
         log.critical("the device is lost to this process; ending with 1")
         for server in self.servers:
@@ -146,7 +146,7 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().call_later(_ANSWER_GRACE, os._exit, 1)
 
 
-def _taken(host: str, port: int, error: OSError) -> PortTaken:
+def _port_taken(host: str, port: int, error: OSError) -> PortTaken:
     if error.errno == errno.EADDRINUSE:
         return PortTaken(
             f"port {port} on {host} is in use; end what listens there, or choose another --port"

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from workers.errors import invalid, unknown
+from workers.errors import invalid, not_found
 from workers.model.audio import CONTENT_TYPES, PROGRESSIVE
 from workers.model.contract import SpeechRequest, Work
 from workers.model.spec import DEFAULT_NAME, Spec
@@ -33,7 +33,7 @@ _FORMATS = ", ".join(CONTENT_TYPES)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SpeechOptions:
     """What is to be spoken, and how it is to leave."""
 
     speech: SpeechRequest
@@ -44,7 +44,7 @@ class Wanted:
     """Audio leaves while more is being made."""
 
 
-def parse_speech(body: Any, spec: Spec, voices: list[str], work: Work) -> Wanted:
+def parse_speech(body: Any, spec: Spec, voices: list[str], work: Work) -> SpeechOptions:
     """Raises ApiError 400 or 404, naming the field, the value and what is allowed."""
     if not isinstance(body, dict):
         raise invalid("The body is no JSON object; it needs at least an input.")
@@ -66,7 +66,7 @@ def parse_speech(body: Any, spec: Spec, voices: list[str], work: Work) -> Wanted
         extra={key: value for key, value in body.items() if key not in _OWN_FIELDS},
         work=work,
     )
-    return Wanted(
+    return SpeechOptions(
         speech,
         response_format,
         events=stream_format == "sse",
@@ -78,7 +78,7 @@ def parse_speech(body: Any, spec: Spec, voices: list[str], work: Work) -> Wanted
 def _stream(value: Any, stream_format: str | None) -> bool | None:
     """A field of ours: false asks for the whole answer, which states its length and pace."""
     if value is not None and not isinstance(value, bool):
-        raise invalid(f"stream is {_shown(value)}; true or false is needed.", "stream")
+        raise invalid(f"stream is {_formatted(value)}; true or false is needed.", "stream")
     if value is False and stream_format == "sse":
         raise invalid(
             "stream is false, but stream_format is 'sse', which is a stream; leave one out.",
@@ -91,16 +91,16 @@ def _check_model(value: Any, spec: Spec) -> None:
     if value is None:
         return
     if not isinstance(value, str):
-        raise invalid(f"model is {_shown(value)}; a text is needed.", "model")
+        raise invalid(f"model is {_formatted(value)}; a text is needed.", "model")
     if value not in spec.names and value not in OPENAI_MODELS:
-        raise unknown("model", value, spec.names)
+        raise not_found("model", value, spec.names)
 
 
 def _input(value: Any, limit: int) -> str:
     if value is None:
         raise invalid("input is missing: the text to be spoken.", "input")
     if not isinstance(value, str):
-        raise invalid(f"input is {_shown(value)}; a text is needed.", "input")
+        raise invalid(f"input is {_formatted(value)}; a text is needed.", "input")
     if not value.strip():
         raise invalid("input is empty; there is nothing to speak.", "input")
     if len(value) > limit:
@@ -120,14 +120,14 @@ def _voice(value: Any, voices: list[str], aliases: dict[str, str]) -> str:
     if value is None:
         return voices[0]
     if not isinstance(value, str):
-        raise invalid(f'voice is {_shown(value)}; a text or {{"id": …}} is needed.', "voice")
+        raise invalid(f'voice is {_formatted(value)}; a text or {{"id": …}} is needed.', "voice")
     if value in voices:
         return value
     if value in aliases:
         return aliases[value]
     if value == DEFAULT_NAME or (value in OPENAI_VOICES and len(voices) == 1):
         return voices[0]
-    raise unknown("voice", value, list(dict.fromkeys((*voices, *aliases, DEFAULT_NAME))))
+    raise not_found("voice", value, list(dict.fromkeys((*voices, *aliases, DEFAULT_NAME))))
 
 
 def _speed(value: Any) -> float:
@@ -136,7 +136,7 @@ def _speed(value: Any) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     # An integer of any size can be compared with a float, but not made one.
     if not number or not 0.25 <= value <= 4:
-        raise invalid(f"speed is {_shown(value)}; a number from 0.25 to 4 is needed.", "speed")
+        raise invalid(f"speed is {_formatted(value)}; a number from 0.25 to 4 is needed.", "speed")
     return float(value)
 
 
@@ -144,13 +144,13 @@ def _seed(value: Any) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
-        raise invalid(f"seed is {_shown(value)}; a whole number of 64 bits is needed.", "seed")
+        raise invalid(f"seed is {_formatted(value)}; a whole number of 64 bits is needed.", "seed")
     return value
 
 
 def _instructions(value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
-        raise invalid(f"instructions is {_shown(value)}; a text is needed.", "instructions")
+        raise invalid(f"instructions is {_formatted(value)}; a text is needed.", "instructions")
     return value
 
 
@@ -160,9 +160,9 @@ def _choice(body: dict[str, Any], key: str, default: Any, allowed: tuple[str, ..
         return default
     if not isinstance(value, str) or value not in allowed:
         names = ", ".join(name for name in allowed if name != "aac")
-        raise invalid(f"{key} is {_shown(value)}; one of {names} is needed.", key)
+        raise invalid(f"{key} is {_formatted(value)}; one of {names} is needed.", key)
     return value
 
 
-def _shown(value: Any) -> str:
+def _formatted(value: Any) -> str:
     return json.dumps(value)[:60]

@@ -10,7 +10,7 @@ from workers.http.metrics import Metrics
 from workers.model.loader import LoadedModel
 from workers.model.spec import Spec
 from workers.queueing.queue import RequestQueue
-from workers.queueing.speech_rate import Pace
+from workers.queueing.speech_rate import SpeechRate
 
 
 @dataclass
@@ -25,7 +25,7 @@ class WorkerState:
     """Where audio is compressed, so that neither the device nor the event loop waits for it."""
     queue: RequestQueue
     metrics: Metrics
-    pace: Pace = field(default_factory=Pace)
+    speech_rate: SpeechRate = field(default_factory=SpeechRate)
     draining: bool = False
     started: float = field(default_factory=time.time)
     """Unix time."""

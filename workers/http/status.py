@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from workers.errors import ApiError, unknown
+from workers.errors import ApiError, not_found
 from workers.http.context import RequestContext
 from workers.http.memory import resident_bytes
 from workers.http.state import WorkerState
@@ -33,9 +33,9 @@ class Status:
 
     async def health(self, request: Request) -> Response:
         """The last report, whole to who asks this worker itself, and its outline to the public."""
-        return _json(self._outline() if _is_public(request) else self._report())
+        return _json(self._public_report() if _is_public(request) else self._report())
 
-    def _outline(self) -> dict[str, Any]:
+    def _public_report(self) -> dict[str, Any]:
         """What says nothing of the machine."""
         report = self._report()
         keys = ["status", "model", "engine", "provider", "running", "waiting"]
@@ -80,7 +80,7 @@ class Status:
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name not in self._worker.spec.names:
-            raise unknown("model", name, self._worker.spec.names)
+            raise not_found("model", name, self._worker.spec.names)
         return _json(self._model(name))
 
     async def voices(self, request: Request) -> Response:
@@ -102,7 +102,7 @@ class Status:
 
 def _is_public(request: Request) -> bool:
     """Whether it came through the balancer, which marks what it passes on."""
-    context: RequestContext = request.scope["exchange"]
+    context: RequestContext = request.scope["context"]
     return context.balanced
 
 

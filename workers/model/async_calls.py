@@ -21,23 +21,23 @@ class DeviceLoop:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def resolved(self, value: Any) -> Any:
+    def resolve(self, value: Any) -> Any:
         """The value itself; of a coroutine what it returns; of an async generator an Iterator.
         Raises what the coroutine raises."""
         while inspect.isawaitable(value):
             value = self._run(value)
-        return self._iterated(value) if isinstance(value, AsyncIterator) else value
+        return self._iterate(value) if isinstance(value, AsyncIterator) else value
 
     def _run(self, awaitable: Awaitable[Any]) -> Any:
-        return self._own().run_until_complete(_awaited(awaitable))
+        return self._get_loop().run_until_complete(_awaited(awaitable))
 
-    def _iterated(self, source: AsyncIterator[Any]) -> Iterator[Any]:
+    def _iterate(self, source: AsyncIterator[Any]) -> Iterator[Any]:
         """Items one at a time, each made when it is asked for. Closing this ends ``source``.
 
         One task drives the source from its first item to its last, since timeouts and cancel scopes
         that are open across a ``yield`` belong to the task that entered them.
         """
-        loop = self._own()
+        loop = self._get_loop()
         handed: asyncio.Future[Any] = loop.create_future()
         wanted: asyncio.Future[None] = loop.create_future()
 
@@ -68,7 +68,7 @@ class DeviceLoop:
                 with contextlib.suppress(asyncio.CancelledError):
                     loop.run_until_complete(task)
 
-    def _own(self) -> asyncio.AbstractEventLoop:
+    def _get_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             weakref.finalize(self, self._loop.close)

@@ -42,15 +42,15 @@ class Work:
         self.deadline = deadline
         self.stages: dict[str, float] = {}
         """Seconds spent in each stage so far."""
-        self._left = threading.Event()
+        self._cancelled = threading.Event()
 
     def cancel(self) -> None:
         """The caller has left. Called from the event loop."""
-        self._left.set()
+        self._cancelled.set()
 
     @property
     def cancelled(self) -> bool:
-        return self._left.is_set() or (
+        return self._cancelled.is_set() or (
             self.deadline is not None and time.monotonic() > self.deadline
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 from workers.errors import ApiError, LoadError
 from workers.logs import log
 from workers.model.async_calls import DeviceLoop
-from workers.model.responses import JSON, Response, Text, encoded, model_json
+from workers.model.responses import JSON, Response, Text, encode_text, model_json
 from workers.model.signatures import check_calls
 
 _HOOKS = {
@@ -71,30 +71,30 @@ class LitModel:
             api.set_logger_queue(_LogQueue())
         if hasattr(api, "pre_setup"):
             api.pre_setup(None)
-        self._loop.resolved(api.setup(device))
+        self._loop.resolve(api.setup(device))
         api.device = device
 
     def health(self) -> dict[str, Any]:
         check = getattr(self._api, "health", None)
-        return {"healthy": check is None or bool(self._loop.resolved(check()))}
+        return {"healthy": check is None or bool(self._loop.resolve(check()))}
 
     def predict(self, payload: Any) -> Any:
         try:
-            made = self._encoded(self._convert(payload))
+            made = self._encode(self._convert(payload))
             if self._streams or isinstance(made, Iterator | AsyncIterator):
-                return self._pieces(self._loop.resolved(made))
+                return self._chunks(self._loop.resolve(made))
         except Exception as error:
-            raise _translated(error) from error
-        return _answer(made)
+            raise _translate(error) from error
+        return _response(made)
 
-    def _encoded(self, payload: Any) -> Any:
+    def _encode(self, payload: Any) -> Any:
         """What encode_response makes of it; an item for each batch where batches are streamed."""
         context: dict[str, Any] = {}
         decoded = self._hook("decode_request", payload, context)
         if not self._batched:
             output = self._hook("predict", decoded, context)
             if isinstance(output, AsyncIterator) and not self._encodes_async:
-                output = self._loop.resolved(output)
+                output = self._loop.resolve(output)
             return self._hook("encode_response", output, context)
         contexts = [context]
         output = self._hook("predict", self._hook("batch", [decoded], contexts), contexts)
@@ -109,17 +109,17 @@ class LitModel:
         """Call it. What it awaits is awaited; an async generator is left to the next hook."""
         hook: Callable[..., Any] = getattr(self._api, name)
         result = hook(value, context=context) if self._wants_context[name] else hook(value)
-        return self._loop.resolved(result) if inspect.isawaitable(result) else result
+        return self._loop.resolve(result) if inspect.isawaitable(result) else result
 
-    def _pieces(self, made: Any) -> Iterator[bytes]:
+    def _chunks(self, made: Any) -> Iterator[bytes]:
         """LitServe sends what a stream yields as it is: the framing is the model's."""
         try:
             for item in made:
                 one = item[0] if self._batched else item
-                piece = self._api.format_encoded_response(one)
-                yield Text(encoded(piece)) if isinstance(piece, str) else piece
+                chunk = self._api.format_encoded_response(one)
+                yield Text(encode_text(chunk)) if isinstance(chunk, str) else chunk
         except Exception as error:
-            raise _translated(error) from error
+            raise _translate(error) from error
         finally:
             close = getattr(made, "close", None)
             if close is not None:
@@ -179,7 +179,7 @@ class _LogQueue:
         log.info("model log %s=%s", *item)
 
 
-def _answer(value: Any) -> Any:
+def _response(value: Any) -> Any:
     """LitServe answers JSON, also for a bare text, unless the hook built a response itself."""
     if isinstance(value, bytes | bytearray | memoryview | Response):
         return value
@@ -193,7 +193,7 @@ def _answer(value: Any) -> Any:
 _FRAMING = ("content-length", "content-type", "transfer-encoding", "connection")
 
 
-def _translated(error: Exception) -> Exception:
+def _translate(error: Exception) -> Exception:
     """FastAPI's HTTPException becomes an answer with its status."""
     status = getattr(error, "status_code", None)
     if isinstance(status, int) and 400 <= status < 600 and hasattr(error, "detail"):

@@ -12,7 +12,7 @@ from workers.model.async_calls import DeviceLoop
 from workers.model.audio import samples
 from workers.model.contract import Audio, SpeechRequest
 from workers.model.litserve import LitModel, is_litapi
-from workers.model.loading import attempt, construct, load_class
+from workers.model.loading import construct, load_class, run_step
 from workers.model.responses import as_json, complete, stream
 from workers.model.signatures import check_calls
 from workers.model.spec import Spec
@@ -44,14 +44,14 @@ class LoadedModel:
 
     def predict(self, payload: Any, events: bool) -> Any:
         """An Answer, or an iterator: the content type, then chunks of bytes."""
-        value = self._loop.resolved(self._model.predict(payload))
+        value = self._loop.resolve(self._model.predict(payload))
         if isinstance(value, Iterator):
             return stream(value, events)
         return complete(value)
 
     def speak(self, request: SpeechRequest) -> Iterator[Audio]:
         """The speech in finite float32 chunks, while it is being made."""
-        chunks = self._loop.resolved(self._model.speak(request))
+        chunks = self._loop.resolve(self._model.speak(request))
         try:
             for chunk in chunks:
                 request.work.check()
@@ -67,12 +67,12 @@ class LoadedModel:
         """The same chunks, all at once."""
         return list(self.speak(request))
 
-    def refresh(self) -> None:
+    def refresh_report(self) -> None:
         """Ask the model for its report; it stays empty when the model says nothing."""
         health = getattr(self._model, "health", None)
         if health is None:
             return
-        value = self._loop.resolved(health())
+        value = self._loop.resolve(health())
         if not isinstance(value, dict):
             raise TypeError(f"health() gave a {type(value).__name__}; a dict is needed")
         as_json(value)
@@ -81,7 +81,7 @@ class LoadedModel:
     def read_longest_request(self) -> None:
         """Ask the model once, at the start, what sizing is to send: nobody waits for it later."""
         ask = getattr(self._model, "longest_request", None)
-        longest = self._loop.resolved(ask()) if ask is not None else None
+        longest = self._loop.resolve(ask()) if ask is not None else None
         if longest is not None and not isinstance(longest, dict | list):
             kind = type(longest).__name__
             raise TypeError(f"longest_request() gave a {kind}; a dict or a list of them is needed")
@@ -107,16 +107,16 @@ def _prepare(cls: type[Any], spec: Spec, device: str) -> LoadedModel:
         model = LitModel(model, loop)
     check_calls(model, spec.target)
     loaded = LoadedModel(model, spec, device, loop)
-    _step(spec, f'setup("{device}")', lambda: loop.resolved(model.setup(device)))
+    _step(spec, f'setup("{device}")', lambda: loop.resolve(model.setup(device)))
     load_ended = time.perf_counter()
     if loaded.speaks:
-        _read_voice(model, loaded)
+        _read_speech(model, loaded)
     elif spec.voice_aliases:
         raise LoadError(f"model.voice_aliases is set, but {spec.target} has no speak(request)")
     warm_up = getattr(model, "warm_up", None)
     if warm_up is not None:
-        _step(spec, "warm_up()", lambda: loop.resolved(warm_up()))
-    _step(spec, "health()", loaded.refresh)
+        _step(spec, "warm_up()", lambda: loop.resolve(warm_up()))
+    _step(spec, "health()", loaded.refresh_report)
     _step(spec, "longest_request()", loaded.read_longest_request)
     loaded.startup_seconds = {
         "load": load_ended - began,
@@ -126,7 +126,7 @@ def _prepare(cls: type[Any], spec: Spec, device: str) -> LoadedModel:
 
 
 def _step(spec: Spec, what: str, step: Callable[[], T]) -> T:
-    return attempt(f"{spec.target}: {what}", step)
+    return run_step(f"{spec.target}: {what}", step)
 
 
 def _check_class(cls: type[Any], spec: Spec) -> None:
@@ -138,7 +138,7 @@ def _check_class(cls: type[Any], spec: Spec) -> None:
         )
 
 
-def _read_voice(model: Any, loaded: LoadedModel) -> None:
+def _read_speech(model: Any, loaded: LoadedModel) -> None:
     target = loaded.spec.target
     rate = getattr(model, "sample_rate", None)
     if not isinstance(rate, int) or not 1000 <= rate <= 384_000:

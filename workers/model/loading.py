@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from workers.device_errors import is_exhausted
+from workers.device_errors import is_out_of_memory
 from workers.errors import LoadError
 from workers.model.spec import Spec
 
@@ -28,18 +28,18 @@ def load_class(spec: Spec) -> type[Any]:
             f'model.target "{spec.target}" names no class; write "package.module:Class"'
         )
     try:
-        module = attempt(f'model.target "{spec.target}"', lambda: _import(module_name, spec))
+        module = run_step(f'model.target "{spec.target}"', lambda: _import(module_name, spec))
     except LoadError as error:
-        if isinstance(cause := error.__cause__, _FAULTS_OF_THE_CODE):
-            error.permanent = not is_exhausted(cause)
+        if isinstance(cause := error.__cause__, _CODE_ERRORS):
+            error.permanent = not is_out_of_memory(cause)
         raise
     found = getattr(module, class_name, None)
-    if found is None and (clash := _clash(f"{module_name}.{class_name}", spec)):
-        raise LoadError(f'model.target "{spec.target}": {clash}')
+    if found is None and (conflict := _name_conflict(f"{module_name}.{class_name}", spec)):
+        raise LoadError(f'model.target "{spec.target}": {conflict}')
     if found is None:
         raise LoadError(
             f'model.target "{spec.target}": the module {module_name} ({_origin(module)}) '
-            f"has no {class_name}; {_nearest(module, class_name)}"
+            f"has no {class_name}; {_suggestion(module, class_name)}"
         )
     if not inspect.isclass(found):
         raise LoadError(
@@ -62,14 +62,14 @@ def construct(cls: type[Any], spec: Spec) -> Any:
                 f"model.args {sorted(spec.args)} do not fit {spec.target}: {error}; "
                 f"it takes {signature}"
             ) from None
-    return attempt(f"{spec.target}(…)", lambda: cls(**spec.args))
+    return run_step(f"{spec.target}(…)", lambda: cls(**spec.args))
 
 
-_FAULTS_OF_THE_CODE = (ImportError, SyntaxError, NameError, AttributeError, TypeError)
+_CODE_ERRORS = (ImportError, SyntaxError, NameError, AttributeError, TypeError)
 """What importing a module raises when the module itself is wrong or lacks another one."""
 
 
-def attempt(what: str, step: Callable[[], T]) -> T:
+def run_step(what: str, step: Callable[[], T]) -> T:
     """Run a step of the start. Whatever it raises becomes one line with the place it came from.
 
     The LoadError is not permanent: what the model's own code met may be gone at the next start.
@@ -83,7 +83,7 @@ def attempt(what: str, step: Callable[[], T]) -> T:
     except BaseException as error:
         message = " ".join(str(error).split()) or "no message"
         raise LoadError(
-            f"{what} failed: {type(error).__name__}: {message[:600]}{_place(error)}",
+            f"{what} failed: {type(error).__name__}: {message[:600]}{_location(error)}",
             permanent=False,
         ) from error
 
@@ -101,12 +101,12 @@ def _import(name: str, spec: Spec) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = error.name or name
-        if clash := _clash(missing, spec):
-            raise LoadError(f'model.target "{spec.target}": {clash}') from None
+        if conflict := _name_conflict(missing, spec):
+            raise LoadError(f'model.target "{spec.target}": {conflict}') from None
         if name != missing and not name.startswith(f"{missing}."):
             raise LoadError(
                 f'model.target "{spec.target}": {name} needs the module {missing}, which is not '
-                f"installed{_place(error)}; install it into {sys.prefix}"
+                f"installed{_location(error)}; install it into {sys.prefix}"
             ) from None
         searched = ", ".join(str(folder) for folder in spec.path) or "no folders of its own"
         raise LoadError(
@@ -119,7 +119,7 @@ _OWN_PACKAGES = ("workers", "launcher", "balancer", "loadtest")
 """gpufarm's, of which an installation has all."""
 
 
-def _clash(name: str, spec: Spec) -> str:
+def _name_conflict(name: str, spec: Spec) -> str:
     """Why a module ``name`` cannot be found where gpufarm's own package has its first name; empty
     where it has not."""
     top = name.partition(".")[0]
@@ -148,7 +148,7 @@ def _origin(module: Any) -> str:
     return getattr(module, "__file__", None) or "built in"
 
 
-def _nearest(module: Any, name: str) -> str:
+def _suggestion(module: Any, name: str) -> str:
     classes = [
         key
         for key, value in vars(module).items()
@@ -160,7 +160,7 @@ def _nearest(module: Any, name: str) -> str:
     return f"its classes: {', '.join(sorted(classes)) or 'none'}"
 
 
-def _place(error: BaseException) -> str:
+def _location(error: BaseException) -> str:
     """`` (file.py:12)``: where the user's own code stood, as far as one can tell."""
     if isinstance(error, SyntaxError):  # it names its place itself
         return ""

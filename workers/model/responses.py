@@ -42,21 +42,21 @@ def model_json(value: Any) -> bytes:
     try:
         return as_json(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise _not_sent(unsendable(value, error)) from None
+        raise _unsendable_error(unsendable(value, error)) from None
 
 
-def encoded(text: str) -> bytes:
+def encode_text(text: str) -> bytes:
     """A text that a model returned, as UTF-8. Raises ApiError 500 for half of a surrogate pair."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise _not_sent(
+        raise _unsendable_error(
             f"a text whose character {error.start} is half of a surrogate pair, which UTF-8 cannot "
             'carry: return text.encode("utf-8", "replace"), or correct what made it'
         ) from None
 
 
-def _not_sent(what: str) -> ApiError:
+def _unsendable_error(what: str) -> ApiError:
     return ApiError(
         500,
         f"The model returned {what}.",
@@ -72,7 +72,7 @@ def complete(value: Any) -> Response:
     if isinstance(value, bytes | bytearray | memoryview):
         return Response(bytes(value), BYTES)
     if isinstance(value, str):
-        return Response(encoded(value), TEXT)
+        return Response(encode_text(value), TEXT)
     return Response(model_json(value), JSON)
 
 
@@ -90,11 +90,11 @@ def stream(values: Iterator[Any], events: bool) -> Iterator[Any]:
                 raw = is_bytes
                 yield _content_type(value, raw, events)
             if is_bytes is not raw:
-                raise _not_sent(
+                raise _unsendable_error(
                     "both bytes and JSON values in one stream, which has one content type: yield "
                     "one kind only"
                 )
-            yield bytes(value) if raw else _framed(model_json(value), events)
+            yield bytes(value) if raw else _frame(model_json(value), events)
         if raw is None:
             yield EVENTS if events else LINES
         if events and not raw:
@@ -118,5 +118,5 @@ def _content_type(first: Any, raw: bool, events: bool) -> str:
     return EVENTS if events else LINES
 
 
-def _framed(value: bytes, events: bool) -> bytes:
+def _frame(value: bytes, events: bool) -> bytes:
     return b"data: " + value + b"\n\n" if events else value + b"\n"

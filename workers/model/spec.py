@@ -81,27 +81,27 @@ def parse_spec(document: Any) -> Spec:
         raise LoadError('model.target is missing; name a class, as "package.module:Class"')
     cache = top.get("cache_dir")
     return Spec(
-        target=_text(model["target"], "model.target"),
+        target=_string(model["target"], "model.target"),
         args=_arguments(model.get("args", {})),
-        name=_text(model.get("name", Spec.name), "model.name"),
-        aliases=tuple(_texts(model.get("aliases", []), "model.aliases")),
-        voice_aliases=_text_table(model.get("voice_aliases", {}), "model.voice_aliases"),
-        path=tuple(Path(folder) for folder in _texts(top.get("path", []), "path")),
-        queue_size=_whole(top.get("queue_size", Spec.queue_size), "queue_size", least=0),
+        name=_string(model.get("name", Spec.name), "model.name"),
+        aliases=tuple(_strings(model.get("aliases", []), "model.aliases")),
+        voice_aliases=_string_table(model.get("voice_aliases", {}), "model.voice_aliases"),
+        path=tuple(Path(folder) for folder in _strings(top.get("path", []), "path")),
+        queue_size=_integer(top.get("queue_size", Spec.queue_size), "queue_size", minimum=0),
         request_timeout=_seconds(
             top.get("request_timeout", Spec.request_timeout), "request_timeout"
         ),
-        body_limit=_whole(top.get("body_limit", Spec.body_limit), "body_limit", least=1),
-        input_limit=_whole(top.get("input_limit", Spec.input_limit), "input_limit", least=1),
-        cache_dir=None if cache is None else Path(_text(cache, "cache_dir")),
+        body_limit=_integer(top.get("body_limit", Spec.body_limit), "body_limit", minimum=1),
+        input_limit=_integer(top.get("input_limit", Spec.input_limit), "input_limit", minimum=1),
+        cache_dir=None if cache is None else Path(_string(cache, "cache_dir")),
         log_format=_log_format(top.get("log_format", Spec.log_format)),
-        created=_whole(top.get("created", Spec.created), "created", least=0),
+        created=_integer(top.get("created", Spec.created), "created", minimum=0),
     )
 
 
 def _table(value: Any, where: str, keys: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise LoadError(f"{where} is {_shown(value)}; a JSON object is needed")
+        raise LoadError(f"{where} is {_formatted(value)}; a JSON object is needed")
     for key in value:
         if key not in keys:
             near = difflib.get_close_matches(key, keys, n=1)
@@ -112,46 +112,50 @@ def _table(value: Any, where: str, keys: tuple[str, ...]) -> dict[str, Any]:
 
 def _arguments(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise LoadError(f"model.args is {_shown(value)}; an object of keyword arguments is needed")
+        raise LoadError(
+            f"model.args is {_formatted(value)}; an object of keyword arguments is needed"
+        )
     return value
 
 
-def _text(value: Any, key: str) -> str:
+def _string(value: Any, key: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise LoadError(f"{key} is {_shown(value)}; a text that is not empty is needed")
+        raise LoadError(f"{key} is {_formatted(value)}; a text that is not empty is needed")
     return value
 
 
-def _texts(value: Any, key: str) -> list[str]:
+def _strings(value: Any, key: str) -> list[str]:
     if not isinstance(value, list):
-        raise LoadError(f"{key} is {_shown(value)}; a list of texts is needed")
-    return [_text(item, f"{key}[{index}]") for index, item in enumerate(value)]
+        raise LoadError(f"{key} is {_formatted(value)}; a list of texts is needed")
+    return [_string(item, f"{key}[{index}]") for index, item in enumerate(value)]
 
 
-def _text_table(value: Any, key: str) -> dict[str, str]:
+def _string_table(value: Any, key: str) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise LoadError(f"{key} is {_shown(value)}; an object of texts is needed")
-    return {name: _text(item, f"{key}.{name}") for name, item in value.items()}
+        raise LoadError(f"{key} is {_formatted(value)}; an object of texts is needed")
+    return {name: _string(item, f"{key}.{name}") for name, item in value.items()}
 
 
-def _whole(value: Any, key: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise LoadError(f"{key} is {_shown(value)}; a whole number of at least {least} is needed")
+def _integer(value: Any, key: str, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise LoadError(
+            f"{key} is {_formatted(value)}; a whole number of at least {minimum} is needed"
+        )
     return value
 
 
 def _seconds(value: Any, key: str) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value <= 0:
-        raise LoadError(f"{key} is {_shown(value)}; a number of seconds above 0 is needed")
+        raise LoadError(f"{key} is {_formatted(value)}; a number of seconds above 0 is needed")
     return float(value)
 
 
 def _log_format(value: Any) -> str:
     if value not in _LOG_FORMATS:
-        raise LoadError(f'log_format is {_shown(value)}; it must be "text" or "json"')
+        raise LoadError(f'log_format is {_formatted(value)}; it must be "text" or "json"')
     return str(value)
 
 
-def _shown(value: Any) -> str:
+def _formatted(value: Any) -> str:
     return json.dumps(value)[:80]

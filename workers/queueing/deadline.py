@@ -23,10 +23,10 @@ class TimeLimit:
         """``seconds``: what is configured. ``started``: the header, empty where there is none."""
         self.seconds = seconds
         self.began = time.monotonic() - _age(started, seconds)
-        self._named = "workers.request_timeout"
+        self._source = "workers.request_timeout"
 
     def __str__(self) -> str:
-        return f"{self.seconds:g} s ({self._named})"
+        return f"{self.seconds:g} s ({self._source})"
 
     @property
     def deadline(self) -> float:
@@ -34,23 +34,23 @@ class TimeLimit:
         return self.began + self.seconds
 
     @property
-    def left(self) -> float:
+    def remaining(self) -> float:
         """Seconds until the deadline; 0 when it has passed."""
         return max(0.0, self.deadline - time.monotonic())
 
-    def shorten(self, asked: str) -> None:
+    def shorten(self, requested: str) -> None:
         """To what X-Request-Timeout asks for. Raises ApiError 400 for what is no time."""
         try:
-            seconds = float(asked)
+            seconds = float(requested)
         except ValueError:
             seconds = math.nan
         if not (math.isfinite(seconds) and seconds > 0):
             raise invalid(
-                f"X-Request-Timeout is {asked[:40]!r}; a number of seconds above 0 is needed.",
+                f"X-Request-Timeout is {requested[:40]!r}; a number of seconds above 0 is needed.",
                 "X-Request-Timeout",
             )
         if seconds < self.seconds:
-            self.seconds, self._named = seconds, "X-Request-Timeout"
+            self.seconds, self._source = seconds, "X-Request-Timeout"
 
 
 def _age(started: str, seconds: float) -> float:

@@ -16,10 +16,10 @@ from workers.logs import log
 from workers.model.loader import LoadedModel
 from workers.queueing.queue import RequestQueue
 
-EVERY = 1.0
+MIN_INTERVAL = 1.0
 """Seconds between two reports, at least."""
 
-_SHARE = 100
+_MIN_INTERVAL_FACTOR = 100
 """A report that takes long is asked for so seldom that it has a hundredth of the device's time."""
 
 
@@ -29,8 +29,8 @@ class HealthReports:
 
     def __init__(self, queue: RequestQueue, loaded: LoadedModel) -> None:
         self._queue = queue
-        self._served = loaded
-        self._next = 0.0
+        self._loaded = loaded
+        self._next_at = 0.0
         self._pending = False
 
     def request_ended(self) -> None:
@@ -39,23 +39,23 @@ class HealthReports:
             return
         self._pending = True
         loop = asyncio.get_running_loop()
-        loop.call_later(max(0.0, self._next - time.monotonic()), self._submit, loop)
+        loop.call_later(max(0.0, self._next_at - time.monotonic()), self._submit, loop)
 
     def _submit(self, loop: asyncio.AbstractEventLoop) -> None:
         if not self._queue.closed:
-            self._queue.run_aside(lambda: self._ask(loop))
+            self._queue.run_internal(lambda: self._refresh(loop))
 
-    def _ask(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _refresh(self, loop: asyncio.AbstractEventLoop) -> None:
         """Device thread."""
         began = time.monotonic()
         try:
-            self._served.refresh()
+            self._loaded.refresh_report()
         except Exception as error:
             log.warning("the model's health() failed: %s: %s", type(error).__name__, error)
             if is_sticky(error):
                 with contextlib.suppress(RuntimeError):  # the loop is gone after a drain
-                    loop.call_soon_threadsafe(self._queue.lose)
+                    loop.call_soon_threadsafe(self._queue.mark_device_lost)
         finally:
             ended = time.monotonic()
-            self._next = ended + max(EVERY, _SHARE * (ended - began))
+            self._next_at = ended + max(MIN_INTERVAL, _MIN_INTERVAL_FACTOR * (ended - began))
             self._pending = False

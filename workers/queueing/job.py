@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, Any, Literal
 
-from workers.errors import ModelFailed, reduced
+from workers.errors import ModelFailed, without_frames
 from workers.model.contract import Work
 
 if TYPE_CHECKING:
@@ -26,21 +26,21 @@ MAX_UNREAD = 8 * 2**20
 """Bytes of a stream that the device thread may be ahead of a slow reader: 87 s of 24 kHz float32
 audio. One item more is in the reader's hands and one in the model's."""
 
-FLOOR = 16 * 1024
+MIN_BYTES_PER_SECOND = 16 * 1024
 """Bytes a second, as the model yields them, below which a reader for which the device waits is cut
 off: half of what speech of telephone quality takes (8 kHz float32), so no listener is."""
 
-FLOOR_SECONDS = 10.0
+SLOW_READER_WINDOW = 10.0
 """Seconds of the device's waiting over which that pace is measured: longer than the kernel's
 buffers take to move on, and short against what others lose meanwhile."""
 
-_LOOK = 0.05
+_POLL_INTERVAL = 0.05
 """Seconds after which a device that waits for a reader looks at the deadline."""
 
 Stage = Literal["waiting", "running", "streaming"]
 
 
-class Abandoned(Exception):  # noqa: N818 - an answer, not a fault
+class Dropped(Exception):  # noqa: N818 - an answer, not a fault
     """The work was dropped in ``stage``."""
 
     reason = "dropped"
@@ -51,23 +51,23 @@ class Abandoned(Exception):  # noqa: N818 - an answer, not a fault
         self.stage: Stage = stage
 
 
-class DeadlinePassed(Abandoned):
+class DeadlinePassed(Dropped):
     reason = "deadline"
 
 
-class CallerLeft(Abandoned):
+class ClientDisconnected(Dropped):
     reason = "caller"
 
 
-class SlowReader(Abandoned):
+class SlowReader(Dropped):
     """The device waited for a caller that took the stream too slowly."""
 
     reason = "slow_reader"
 
     def __str__(self) -> str:
         return (
-            f"The stream was read at less than {FLOOR // 1024} KiB/s over {FLOOR_SECONDS:g} s for "
-            "which the device waited"
+            f"The stream was read at less than {MIN_BYTES_PER_SECOND // 1024} KiB/s over "
+            f"{SLOW_READER_WINDOW:g} s for which the device waited"
         )
 
 
@@ -98,13 +98,13 @@ class Job:
         self._taken_bytes = 0
         self._delivered_bytes = 0.0
         self._held_bytes = 0
-        self._paced_from = (0.0, 0.0)
+        self._window_start = (0.0, 0.0)
         self._over = False
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._room = threading.Event()
         self._timer: asyncio.TimerHandle | None = None
-        self._ticket: Future[None] | None = None
+        self._future: Future[None] | None = None
 
     @property
     def queue_seconds(self) -> float:
@@ -157,30 +157,30 @@ class Job:
         """Of the item that was taken last, so much has gone to the caller: 0 to 1."""
         self._delivered_bytes = self._taken_bytes - self._held_bytes * (1 - share)
 
-    def leave(self) -> None:
+    def cancel(self) -> None:
         """The caller has gone: wait no more, run no more, stream no more."""
         if not self._over:
-            self._abandon(CallerLeft)
+            self._drop(ClientDisconnected)
 
     def _begin(self, executor: Executor) -> None:
         if self.work.deadline is not None:
             left = max(0.0, self.work.deadline - time.monotonic())
             self._timer = self._loop.call_later(left, self._expire)
-        self._ticket = executor.submit(self._run)
+        self._future = executor.submit(self._run)
 
     def _expire(self) -> None:
         if not self._over:
-            self._abandon(DeadlinePassed)
+            self._drop(DeadlinePassed)
 
-    def _abandon(self, reason: type[Abandoned]) -> None:
+    def _drop(self, reason: type[Dropped]) -> None:
         stage = self.stage
         self.work.cancel()
         self._room.set()
-        assert self._ticket is not None
-        if self._ticket.cancel():
+        assert self._future is not None
+        if self._future.cancel():
             # It never ran and never will: its place is free at once.
             self._call = None
-            self._queue._free()
+            self._queue._release()
         self._items.clear()
         self._close(reason(stage))
         if self.on_dropped is not None:
@@ -197,7 +197,7 @@ class Job:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _arrive(self, item: Any, size: int) -> None:
+    def _receive(self, item: Any, size: int) -> None:
         if not self._over:
             self._items.append((item, size))
             self._wake()
@@ -206,7 +206,7 @@ class Job:
         """The device thread is done with it, whether anyone still waits or not."""
         assert self.started is not None
         assert self.ended is not None
-        self._queue._served(self.ended - self.started, error)
+        self._queue._job_ended(self.ended - self.started, error)
         if not self._over:
             self._items.extend((item, 0) for item in last)
             self._close(error)
@@ -222,9 +222,9 @@ class Job:
         error: Exception | None = None
         last: tuple[Any, ...] = ()
         try:
-            last = self._called()
+            last = self._call_model()
         except BaseException as raised:
-            error = reduced(raised)
+            error = without_frames(raised)
         self._call = None
         self._queue.crash_guard.end()
         self._queue._current = None
@@ -234,7 +234,7 @@ class Job:
         with contextlib.suppress(RuntimeError):  # the loop is gone after a drain's deadline
             self._loop.call_soon_threadsafe(self._finish, error, *last)
 
-    def _called(self) -> tuple[Any, ...]:
+    def _call_model(self) -> tuple[Any, ...]:
         """Device thread. The value as the last item; a stream's items leave on their own."""
         self.work.check()
         assert self._call is not None
@@ -244,7 +244,7 @@ class Job:
         self.streams = True
         try:
             for item in value:
-                self._await_room()
+                self._wait_for_room()
                 self._post(item)
         finally:
             close = getattr(value, "close", None)
@@ -257,9 +257,9 @@ class Job:
         size = _size(item)
         self._posted = True
         self._posted_bytes += size
-        self._loop.call_soon_threadsafe(self._arrive, item, size)
+        self._loop.call_soon_threadsafe(self._receive, item, size)
 
-    def _await_room(self) -> None:
+    def _wait_for_room(self) -> None:
         """Device thread. With an item in hand, and only then: after its last one the model never
         waits for a reader."""
         while True:
@@ -268,25 +268,25 @@ class Job:
             if self._posted_bytes - self._taken_bytes <= MAX_UNREAD:
                 return
             began = time.perf_counter()
-            self._room.wait(_LOOK)
+            self._room.wait(_POLL_INTERVAL)
             self.waited += time.perf_counter() - began
-            self._check_pace()
+            self._check_reading_rate()
 
-    def _check_pace(self) -> None:
+    def _check_reading_rate(self) -> None:
         """Device thread. Drops the job of a reader that is too slow for what it costs others."""
-        waited, delivered = self._paced_from
+        waited, delivered = self._window_start
         seconds = self.waited - waited
-        if seconds < FLOOR_SECONDS:
+        if seconds < SLOW_READER_WINDOW:
             return
-        if self._delivered_bytes - delivered < FLOOR * seconds:
+        if self._delivered_bytes - delivered < MIN_BYTES_PER_SECOND * seconds:
             self.work.cancel()
-            self._loop.call_soon_threadsafe(self._drop_for_pace)
+            self._loop.call_soon_threadsafe(self._drop_slow_reader)
             self.work.check()
-        self._paced_from = self.waited, self._delivered_bytes
+        self._window_start = self.waited, self._delivered_bytes
 
-    def _drop_for_pace(self) -> None:
+    def _drop_slow_reader(self) -> None:
         if not self._over:
-            self._abandon(SlowReader)
+            self._drop(SlowReader)
 
 
 def _size(item: Any) -> int:

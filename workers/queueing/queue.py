@@ -52,15 +52,15 @@ class RequestQueue:
         self.crash_guard = crash_guard or CrashGuard(None, "")
         self.closed = False
         """Set to take nothing and run nothing any more."""
-        self.on_sticky: Callable[[], None] | None = None
+        self.on_device_lost: Callable[[], None] | None = None
         """Called on the event loop when the device is lost to this process."""
-        self.on_ended: Callable[[], None] | None = None
+        self.on_request_ended: Callable[[], None] | None = None
         """Called on the event loop when a request has left the device."""
         self.completed = 0
         self._executor = executor
         self._admitted = 0
         self._current: Job | None = None
-        self._aside_since: float | None = None
+        self._internal_since: float | None = None
         self._mean: float | None = None
 
     @property
@@ -74,9 +74,9 @@ class RequestQueue:
         return job.service_seconds if job is not None else 0.0
 
     @property
-    def aside_seconds(self) -> float:
+    def internal_seconds(self) -> float:
         """How long a call that is no request has had the device; 0 where none runs. Any thread."""
-        since = self._aside_since
+        since = self._internal_since
         return time.perf_counter() - since if since is not None else 0.0
 
     @property
@@ -116,34 +116,34 @@ class RequestQueue:
         job._begin(self._executor)
         return job
 
-    def run_aside(self, call: Callable[[], None]) -> None:
+    def run_internal(self, call: Callable[[], None]) -> None:
         """Have the device thread run ``call``, which is no request, after what waits now."""
 
         def run() -> None:
-            self._aside_since = time.perf_counter()
+            self._internal_since = time.perf_counter()
             try:
                 call()
             finally:
-                self._aside_since = None
+                self._internal_since = None
 
         self._executor.submit(run)
 
-    def lose(self) -> None:
+    def mark_device_lost(self) -> None:
         """The device is lost to this process: run nothing more, and say so."""
         self.closed = True
-        if self.on_sticky is not None:
-            self.on_sticky()
+        if self.on_device_lost is not None:
+            self.on_device_lost()
 
-    def _free(self) -> None:
+    def _release(self) -> None:
         self._admitted -= 1
 
-    def _served(self, seconds: float, error: Exception | None) -> None:
-        self._free()
+    def _job_ended(self, seconds: float, error: Exception | None) -> None:
+        self._release()
         if isinstance(error, ModelFailed) and error.sticky:
-            self.lose()
+            self.mark_device_lost()
         if error is None:
             self.completed += 1
             old = seconds if self._mean is None else self._mean
             self._mean = old + _WEIGHT * (seconds - old)
-        if self.on_ended is not None:
-            self.on_ended()
+        if self.on_request_ended is not None:
+            self.on_request_ended()

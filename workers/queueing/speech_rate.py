@@ -13,17 +13,17 @@ from workers.errors import ApiError, invalid
 from workers.model.contract import SpeechRequest
 from workers.queueing.deadline import TimeLimit
 
-ENOUGH = 8
+MIN_REQUESTS = 8
 """Requests that have to be measured before any is refused."""
 
-SHORTEST = 40
+MIN_CHARACTERS = 40
 """Characters of a request that says something of the rate; a shorter one is mostly noise."""
 
 _KEPT = 64
 _LOW = 0.1  # the quantile that counts
 
 
-class Pace:
+class SpeechRate:
     """Device seconds for each character of input. Lives on the event loop."""
 
     def __init__(self) -> None:
@@ -33,13 +33,13 @@ class Pace:
     def add(self, request: SpeechRequest, seconds: float) -> None:
         """Count a request that was spoken to its end and had the device for ``seconds``."""
         self._fastest = min(self._fastest, seconds)
-        if len(request.input) >= SHORTEST:
+        if len(request.input) >= MIN_CHARACTERS:
             at_full_length = min(1.0, request.speed) / len(request.input)
             self._measured.append((seconds, at_full_length))
 
     def rate(self) -> float:
         """Seconds a character takes, from below; 0 before enough requests were measured."""
-        if len(self._measured) < ENOUGH:
+        if len(self._measured) < MIN_REQUESTS:
             return 0.0
         rates = sorted((seconds - self._fastest) * share for seconds, share in self._measured)
         return rates[int(_LOW * len(rates))]

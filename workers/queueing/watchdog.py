@@ -14,44 +14,44 @@ from workers.queueing.queue import RequestQueue
 EXIT_STUCK = 1
 GRACE = 5.0
 """Seconds beyond twice the longest request."""
-_CHECKS = 20
+_CHECKS_PER_TIMEOUT = 20
 """How often the patience is divided; a look costs microseconds."""
 
 
-def patience(request_timeout: float) -> float:
+def call_timeout(request_timeout: float) -> float:
     """Seconds a call may have the device. Its caller was answered 504 after the first half, and a
     model that is only slow may still come back in the second."""
     return 2 * request_timeout + GRACE
 
 
-def report_patience(request_timeout: float) -> float:
+def health_timeout(request_timeout: float) -> float:
     """Seconds a call of health() may have the device: so few that a request which waits behind it
     still has half of its time when this process has ended and another worker gets it."""
     return max(GRACE, request_timeout / 2)
 
 
-def watch(queue: RequestQueue, request_timeout: float) -> None:
+def start_watchdog(queue: RequestQueue, request_timeout: float) -> None:
     """End this process once a call has had the device for longer than the patience."""
-    limits = patience(request_timeout), report_patience(request_timeout)
-    threading.Thread(target=_watch, args=(queue, *limits), name="watch", daemon=True).start()
+    limits = call_timeout(request_timeout), health_timeout(request_timeout)
+    threading.Thread(target=_run_watchdog, args=(queue, *limits), name="watch", daemon=True).start()
 
 
-def _watch(queue: RequestQueue, limit: float, report_limit: float) -> None:
+def _run_watchdog(queue: RequestQueue, limit: float, health_limit: float) -> None:
     while True:
-        seconds, report_seconds = queue.running_seconds, queue.aside_seconds
-        if seconds > limit or report_seconds > report_limit:
+        seconds, health_seconds = queue.running_seconds, queue.internal_seconds
+        if seconds > limit or health_seconds > health_limit:
             break
-        time.sleep(min(5.0, limit / _CHECKS))
+        time.sleep(min(5.0, limit / _CHECKS_PER_TIMEOUT))
     log.critical(
         "a call of the model has not come back for %.0f s; ending with %d, it was in: %s",
-        max(seconds, report_seconds),
+        max(seconds, health_seconds),
         EXIT_STUCK,
-        _where(),
+        _device_thread_stack(),
     )
     os._exit(EXIT_STUCK)
 
 
-def _where() -> str:
+def _device_thread_stack() -> str:
     """The innermost frames of the device thread."""
     frames = sys._current_frames()
     for thread in threading.enumerate():

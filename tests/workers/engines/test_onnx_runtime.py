@@ -374,7 +374,7 @@ def test_one_engine_is_built_at_a_time(tmp_path: Path) -> None:
     def build() -> None:
         nonlocal inside, most
         for _ in range(20):
-            with engine._locked(tmp_path / "cache"):
+            with engine._build_lock(tmp_path / "cache"):
                 with lock:
                     inside += 1
                     most = max(most, inside)

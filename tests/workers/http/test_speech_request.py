@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from workers.errors import ApiError
-from workers.http.speech_request import Wanted, parse_speech
+from workers.http.speech_request import SpeechOptions, parse_speech
 from workers.model.contract import Work
 from workers.model.spec import Spec
 
@@ -16,7 +16,7 @@ SPEC = Spec(target="a:B", name="demo", aliases=("mine",), input_limit=100)
 VOICES = ["anna", "bert"]
 
 
-def parsed(**body: Any) -> Wanted:
+def parsed(**body: Any) -> SpeechOptions:
     return parse_speech({"input": "hello", **body}, SPEC, VOICES, Work())
 
 

@@ -10,7 +10,7 @@ from tests.workers.harness import WorkerProcess
 from workers.errors import ApiError
 from workers.model.contract import SpeechRequest
 from workers.queueing.deadline import TimeLimit
-from workers.queueing.speech_rate import ENOUGH, Pace
+from workers.queueing.speech_rate import MIN_REQUESTS, SpeechRate
 
 MINUTE = TimeLimit(60, "")
 
@@ -19,18 +19,18 @@ def speech(characters: int, speed: float = 1.0) -> SpeechRequest:
     return SpeechRequest("x" * characters, "v", speed)
 
 
-def measured(*requests: tuple[SpeechRequest, float]) -> Pace:
-    pace = Pace()
-    for request, seconds in requests * ENOUGH:
-        pace.add(request, seconds)
-    return pace
+def measured(*requests: tuple[SpeechRequest, float]) -> SpeechRate:
+    speech_rate = SpeechRate()
+    for request, seconds in requests * MIN_REQUESTS:
+        speech_rate.add(request, seconds)
+    return speech_rate
 
 
 def test_the_refusal_has_the_numbers() -> None:
-    pace = measured((speech(1), 0.0), (speech(1000), 12.0))
-    pace.check(speech(4999), MINUTE)
+    speech_rate = measured((speech(1), 0.0), (speech(1000), 12.0))
+    speech_rate.check(speech(4999), MINUTE)
     with pytest.raises(ApiError) as refused:
-        pace.check(speech(16000), MINUTE)
+        speech_rate.check(speech(16000), MINUTE)
     assert refused.value.status == 400
     assert refused.value.message == (
         "input of 16000 characters would take about 192 s at the measured 12 ms per character; "
@@ -39,17 +39,17 @@ def test_the_refusal_has_the_numbers() -> None:
 
 
 def test_nothing_is_refused_before_enough_was_measured() -> None:
-    pace = Pace()
-    for _ in range(ENOUGH - 1):
-        pace.add(speech(1000), 50.0)
-    pace.check(speech(16000), MINUTE)
+    speech_rate = SpeechRate()
+    for _ in range(MIN_REQUESTS - 1):
+        speech_rate.add(speech(1000), 50.0)
+    speech_rate.check(speech(16000), MINUTE)
 
 
 def test_what_every_request_takes_does_not_count_for_its_characters() -> None:
     """Half a second each, and a millisecond a character: 16,000 take 16.5 s, not 216."""
-    pace = measured((speech(2), 0.502), (speech(40), 0.54))
-    pace.check(speech(16000), MINUTE)
-    assert pace.rate() == pytest.approx(0.001, rel=0.1)
+    speech_rate = measured((speech(2), 0.502), (speech(40), 0.54))
+    speech_rate.check(speech(16000), MINUTE)
+    assert speech_rate.rate() == pytest.approx(0.001, rel=0.1)
 
 
 def test_the_fast_requests_count() -> None:
@@ -71,11 +71,11 @@ def test_a_speed_never_refuses_what_could_be_done(
         return 0.01 * len(request.input) * share
 
     request = speech(1000, spoken)
-    pace = measured((request, cost(request)))
+    speech_rate = measured((request, cost(request)))
     longest = 1
     while cost(speech(longest * 2, asked)) < 60:
         longest *= 2
-    pace.check(speech(longest, asked), MINUTE)
+    speech_rate.check(speech(longest, asked), MINUTE)
 
 
 def test_a_worker_refuses_what_it_has_measured_to_be_too_long(tmp_path: Path) -> None:
@@ -95,6 +95,6 @@ def test_a_worker_refuses_what_it_has_measured_to_be_too_long(tmp_path: Path) ->
                 assert "8 s (workers.request_timeout)" in message
             return answer.status_code
 
-        assert [spoken(size) for size in (1, *[100] * ENOUGH)] == [200] * (ENOUGH + 1)
+        assert [spoken(size) for size in (1, *[100] * MIN_REQUESTS)] == [200] * (MIN_REQUESTS + 1)
         assert spoken(16000) == 400
         assert spoken(2000) == 200
