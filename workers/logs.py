@@ -15,11 +15,12 @@ from typing import Any
 log = logging.getLogger("gpufarm.worker")
 
 _PLAIN = re.compile(r"[^\s\"=]+")
-"""A value that text shows without quotes."""
+"""Values that the text format writes without quotes."""
 
 
 class _Formatter(logging.Formatter):
-    """UTC to the millisecond. A record may carry ``fields`` (a dict) and ``traceback`` (a text)."""
+    """Timestamps in UTC, to the millisecond. A record may carry ``fields`` (a dict) and
+    ``traceback`` (a str)."""
 
     converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
@@ -39,7 +40,7 @@ class _Formatter(logging.Formatter):
 
 
 class TextFormatter(_Formatter):
-    """The message stays on one line whatever it holds."""
+    """Puts the message on one line, whatever it contains."""
 
     def format(self, record: logging.LogRecord) -> str:
         lines = [line for line in record.getMessage().splitlines() if line.strip()]
@@ -52,7 +53,7 @@ class TextFormatter(_Formatter):
 
 
 class JsonFormatter(_Formatter):
-    """``time``, ``level``, ``process``, ``message``, the fields, and ``traceback`` if there is."""
+    """``time``, ``level``, ``process``, ``message``, the fields, and ``traceback`` if any."""
 
     def format(self, record: logging.LogRecord) -> str:
         body: dict[str, Any] = {
@@ -68,7 +69,8 @@ class JsonFormatter(_Formatter):
 
 
 class _ExpectedErrors(logging.Filter):
-    """uvicorn complains about answers that were cut on purpose; the request's own line tells."""
+    """Drops uvicorn's complaint about responses that were cut off on purpose: the access log has
+    the reason."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "without completing response" not in record.getMessage()

@@ -1,7 +1,7 @@
-"""One worker process: reserve the port, load, warm up, listen, drain, end.
+"""One worker process: reserve the port, load, warm up, listen, drain, exit.
 
-Exit codes: 0 drained; 1 port taken, device lost, model stuck, or a start that failed and may yet
-succeed; 3 cannot load, and that will not change by itself; anything else is a crash.
+Exit codes: 0 drained; 1 port in use, device lost, model stuck, or a failed start that a restart may
+fix; 3 cannot load, and a restart cannot help; anything else is a crash.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ EXIT_CANNOT_LOAD = 3
 EXIT_INTERRUPTED = 130
 
 _CALL_TIMEOUT = 2.0
-"""Seconds after the drain in which a call may end whose caller is gone."""
+"""Seconds after the drain that a call without a client may still run."""
 
 _EXIT_TIMEOUT = 5.0
-"""Seconds in which a model's threads and exit handlers may end."""
+"""Seconds for the model's threads and exit handlers to finish."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code. Ends the process itself where a stuck thread would keep it."""
+    """Run the worker and return its exit code. Exits the process itself where a stuck thread would
+    keep it alive."""
     options = _options(arguments)
-    faulthandler.enable()  # a crash within a native library says where
+    faulthandler.enable()  # a crash in a native library leaves a traceback
     logs.set_up(options.id)
     try:
         return _serve(options)
@@ -88,19 +89,23 @@ def _load_and_listen(options: argparse.Namespace, spec: Spec, reserved: socket.s
 
 
 def _finish(queue: RequestQueue) -> int:
-    """Every caller has been answered. A call that nobody waits for any more gets a moment."""
+    """Finish after the drain: every request has its response, but a call whose client has
+    disconnected may still run for a moment."""
     deadline = time.monotonic() + _CALL_TIMEOUT
     while queue.running and time.monotonic() < deadline:
         time.sleep(0.02)
     log.info("drained served=%d", queue.completed)
     if queue.running:
-        log.warning("a call of the model goes on that nobody waits for; ending without it")
+        log.warning(
+            "a model call without a client is still running after %g s; exiting without it",
+            _CALL_TIMEOUT,
+        )
         os._exit(0)
     return _exit(0)
 
 
 def _exit(code: int) -> int:
-    """Let the interpreter end, but not wait for ever for what a model left behind."""
+    """Return the exit code, and force the exit if the model's threads block it."""
     guard = threading.Timer(_EXIT_TIMEOUT, os._exit, (code,))
     guard.daemon = True
     guard.start()
@@ -111,9 +116,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -P -m workers", description="Serve one model on one device, one at a time."
     )
-    parser.add_argument("--spec", type=Path, required=True, help="JSON file: what to serve")
-    parser.add_argument("--id", required=True, help="name of this worker, as w1")
-    parser.add_argument("--port", type=int, required=True, help="TCP port; 0 takes a free one")
+    parser.add_argument(
+        "--spec", type=Path, required=True, help="JSON file with the model and its limits"
+    )
+    parser.add_argument("--id", required=True, help="name of this worker, such as w1")
+    parser.add_argument("--port", type=int, required=True, help="TCP port; 0 picks a free one")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--device", default="cpu", help="what setup() gets: cuda:0 or cpu")
+    parser.add_argument("--device", default="cpu", help="device passed to setup(): cuda:0 or cpu")
     return parser.parse_args(arguments)

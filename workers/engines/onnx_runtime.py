@@ -1,8 +1,8 @@
-"""ONNX Runtime with a provider chain of our own: TensorRT, then CUDA, then the CPU.
+"""Run ONNX graphs with an explicit provider chain: TensorRT, then CUDA, then the CPU.
 
-ONNX Runtime falls back to the CPU without a word, and ``get_providers()`` lists what is registered,
-not where nodes run. So every attempt registers one provider and those below it, with explicit
-options, and what each took is read back node by node (``placement.py``).
+ONNX Runtime falls back to the CPU silently, and ``get_providers()`` lists what is registered, not
+where nodes run. So every attempt registers one provider and those below it, with explicit options,
+and reads back node by node what each one runs (``placement.py``).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Its builds tell their maker of every session, from the moment they are imported, unless this is
-# set; disable_telemetry_events() comes too late for the first of them.
+# Its builds send telemetry about every session, from their import on, unless this is set;
+# disable_telemetry_events() comes too late for the first one.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
@@ -39,11 +39,11 @@ REQUIREMENTS = ("any", "gpu", *PROVIDERS)
 """``gpu`` is TensorRT or CUDA."""
 
 _MAX_REPORTED = 20
-"""Nodes on the CPU that a health report names."""
+"""Nodes on the CPU that a health report lists."""
 
 
 class ProviderError(RuntimeError):
-    """No provider that was asked for took the graph; the message says why, one by one."""
+    """No requested provider can run the graph; the message has the reason for each."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Options:
-    """How a graph is to be run."""
+    """How to run a graph."""
 
     device: str = "cpu"
     """``cpu`` or ``cuda:N``."""
@@ -89,22 +89,22 @@ class OnnxEngine:
     """One loaded graph. Use it on one thread at a time."""
 
     def __init__(self, path: Path, options: Options) -> None:
-        """Raises ProviderError when the requirement is not met, or ValueError for a bad one."""
+        """Raises ProviderError where the requirement is not met, ValueError for an unknown one."""
         if options.requirement not in REQUIREMENTS:
             raise ValueError(
-                f'require = "{options.requirement}" is unknown: {", ".join(REQUIREMENTS)}'
+                f'require must be one of {", ".join(REQUIREMENTS)}, got "{options.requirement}"'
             )
         if not path.is_file():
-            raise ProviderError(f"{path}: there is no such graph")
+            raise ProviderError(f"graph not found: {path}; correct the path")
         self.options = options
         self.refusals: list[str] = []
-        """Why each provider before the one in use was passed over."""
+        """Why each provider before the one in use was rejected."""
         self.provider = ""
         self.assignment: dict[str, int] = {}
-        """How many nodes each provider runs, read back from the session; empty where this
-        version of ONNX Runtime does not report it."""
+        """How many nodes each provider runs, read back from the session; empty where this version
+        of ONNX Runtime does not report it."""
         self.on_cpu: list[str] = []
-        """Nodes that the CPU runs of a graph that a GPU runs."""
+        """Nodes that the CPU runs where a GPU provider is in use."""
         for name in _attempts(options):
             found = self._attempt(path, name)
             if found is not None:
@@ -128,7 +128,7 @@ class OnnxEngine:
         self.outputs = [o.name for o in self._session.get_outputs()]
 
     def run(self, **inputs: NDArray[Any]) -> list[NDArray[Any]]:
-        """Named arrays in, arrays out; on a GPU by IO binding, one copy each way."""
+        """Run the graph on named arrays; on a GPU by IO binding, one copy each way."""
         binding = self._session.io_binding()
         on_gpu = self.provider != "cpu"
         for name, value in inputs.items():
@@ -148,7 +148,7 @@ class OnnxEngine:
         return outputs
 
     def health(self) -> dict[str, Any]:
-        """What is really in use, ready for JSON."""
+        """Return what is actually in use, JSON-ready."""
         found: dict[str, Any] = {"provider": self.provider, "nodes": self.assignment}
         if self.on_cpu:
             found["on_cpu"] = self.on_cpu[:_MAX_REPORTED]
@@ -157,7 +157,7 @@ class OnnxEngine:
         return found
 
     def _attempt(self, path: Path, name: str) -> Any | None:
-        """A session on ``name`` and what is below it; None, with a refusal, when that fails."""
+        """Open a session on ``name`` and those below it; None, and a refusal, on failure."""
         session = self._session_on(path, name)
         if session is None:
             return None
@@ -197,7 +197,7 @@ class OnnxEngine:
                     ],
                     enable_fallback=0,
                 )
-        except Exception as error:  # whatever a provider's library raises means: next one
+        except Exception as error:  # whatever a provider's library raises, try the next one
             reason = " ".join(str(error).split())[:200]
             self.refusals.append(f"{name}: {type(error).__name__}: {reason}")
             return None
@@ -209,11 +209,11 @@ class OnnxEngine:
 
 
 def _load_libraries(name: str) -> None:
-    """A provider's libraries as pip installs them lie where no loader looks; once loaded by their
-    own packages, they are found. Where they lie elsewhere, that is well too."""
+    """Load a provider's libraries, which pip installs where the loader does not search. Libraries
+    installed elsewhere need nothing."""
     if name == "cpu":
         return
-    if "torch" not in sys.modules:  # it brings the same ones, and has loaded them
+    if "torch" not in sys.modules:  # it has loaded the same ones
         onnxruntime.preload_dlls()
     if name == "tensorrt":
         with contextlib.suppress(ImportError, OSError):
@@ -222,7 +222,7 @@ def _load_libraries(name: str) -> None:
 
 def _remedy(options: Options) -> str:
     if "cpu" in _attempts(options):
-        return "A CPU takes any graph: is the file whole?"
+        return "A CPU runs any graph: check that the file is complete."
     return (
         "Install onnxruntime-gpu with its CUDA libraries, "
         'or set require = "any" to let it fall back'
@@ -230,13 +230,13 @@ def _remedy(options: Options) -> str:
 
 
 def _fallback_chain(name: str) -> Sequence[str]:
-    """The provider and all below it: what it does not take, the next one is offered."""
+    """The provider and all below it, which get the nodes that it does not support."""
     names = list(PROVIDERS)
     return names[names.index(name) :]
 
 
 def _unmet_requirement(name: str, nodes: Sequence[Node], options: Options) -> str | None:
-    """Why a session on ``name`` that placed its nodes so is not what ``options`` ask for."""
+    """Return why a session on ``name`` with these nodes does not meet ``options``, else None."""
     gpu_required = options.requirement not in ("any", "cpu")
     if not nodes:
         if not gpu_required:
@@ -249,7 +249,7 @@ def _unmet_requirement(name: str, nodes: Sequence[Node], options: Options) -> st
 
 
 def _attempts(options: Options) -> Sequence[str]:
-    """Which providers are tried, in order."""
+    """The providers to try, in order."""
     required = options.requirement
     if required in PROVIDERS:
         return [required]
@@ -264,8 +264,8 @@ def _provider_options(name: str, options: Options) -> dict[str, str]:
         return chosen
     chosen["device_id"] = str(options.index)
     if name == "cuda":
-        # The arena grows by what is asked for, not to the next power of two: the footprint that
-        # was measured is then the footprint.
+        # The arena grows by the requested size, not to the next power of two, so that the measured
+        # footprint holds.
         chosen["arena_extend_strategy"] = "kSameAsRequested"
         chosen["cudnn_conv_algo_search"] = "HEURISTIC"
         chosen["use_tf32"] = "0"
@@ -287,7 +287,7 @@ def _provider_options(name: str, options: Options) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _build_lock(folder: Path | None) -> Iterator[None]:
-    """One engine build at a time: concurrent ones have raced and crashed in the field."""
+    """Allow one engine build at a time: concurrent ones race and crash."""
     if folder is None:
         yield
         return
@@ -298,7 +298,7 @@ def _build_lock(folder: Path | None) -> Iterator[None]:
 
 
 def _nodes(session: Any) -> list[Node]:
-    """Where every node runs; empty where this version of ONNX Runtime does not report it."""
+    """Return where every node runs; empty where this version of ONNX Runtime does not report it."""
     read = getattr(session, "get_provider_graph_assignment_info", None)
     if read is None:
         return []

@@ -10,7 +10,7 @@ from workers.logs import log
 
 
 def log_request(context: RequestContext) -> None:
-    """The one record that every request for the model leaves."""
+    """Log one record for a finished request."""
     if not log.isEnabledFor(logging.INFO):
         return
     job = context.job

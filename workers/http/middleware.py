@@ -17,7 +17,8 @@ from workers.queueing.job import ClientDisconnected, DeadlinePassed, Dropped, Sl
 from workers.queueing.queue import CrashesWorkers, QueueClosed, QueueFull
 
 _EXIT_GRACE = 5.0
-"""Seconds for which a lost worker's callers wait for its end, which has others answer them."""
+"""Seconds that requests of a worker without its device wait for its exit, on which the balancer
+retries them elsewhere."""
 
 
 class ContextMiddleware:
@@ -29,7 +30,7 @@ class ContextMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            raise RuntimeError(f"only http is served here, not {scope['type']}")
+            raise RuntimeError(f"ASGI scope type is not supported: {scope['type']}; only http is")
         context = RequestContext(
             scope,
             receive,
@@ -45,7 +46,7 @@ Handler = Callable[[RequestContext], Awaitable[None]]
 
 
 class ModelRoute:
-    """An endpoint whose answer comes from the model. Every way to fail becomes an answer."""
+    """An endpoint that the model serves. Every failure becomes an error response."""
 
     def __init__(self, worker: WorkerState, handler: Handler) -> None:
         self._worker = worker
@@ -98,7 +99,7 @@ class ModelRoute:
             self._worker.metrics.rejected("queue_full")
             return ApiError(
                 429,
-                f"The worker is busy and its line of {self._worker.queue.limit} is full; "
+                f"The queue is full ({self._worker.queue.limit} waiting); "
                 f"retry after {error.retry_after} s.",
                 code="queue_full",
                 headers={"retry-after": str(error.retry_after)},
@@ -108,7 +109,7 @@ class ModelRoute:
             self._worker.metrics.rejected("closed")
             return ApiError(
                 503,
-                "The worker is ending.",
+                "The worker is shutting down; retry after 1 s.",
                 code="worker_ending",
                 headers={"retry-after": "1"},
                 try_next_worker=True,
@@ -120,14 +121,14 @@ class ModelRoute:
     def _drop_error(self, error: Exception, context: RequestContext) -> ApiError:
         if isinstance(error, Dropped):
             context.dropped = error
-        else:  # the model, or the device thread, saw the deadline before the event loop did
+        else:  # the model or the device thread noticed the deadline before the event loop
             stage = context.job.stage if context.job is not None else "waiting"
             context.dropped = DeadlinePassed(stage)
         if isinstance(error, SlowReader):
             return ApiError(408, f"{error}.", code="slow_reader")
         return ApiError(
             504,
-            f"The deadline passed while the request was {context.dropped.stage}: it may take "
+            f"The deadline passed while the request was {context.dropped.stage}: the limit is "
             f"{context.limit}.",
             code="deadline_passed",
             headers={"x-should-retry": "false"},
@@ -142,17 +143,17 @@ class ModelRoute:
         log.error("the model failed", extra=extra)
         return ApiError(
             500,
-            f"The model failed: {error.kind}. The worker's log has more, under {context.id}.",
+            f"The model failed: {error.kind}. See the worker's log, request id {context.id}.",
             code="model_failed",
         )
 
     def _crash_error(self, error: CrashesWorkers, context: RequestContext) -> ApiError:
         self._worker.metrics.rejected("ends_workers")
-        log.error("refused, for it ended %d other workers: id=%s", error.ended, context.id)
+        log.error("rejected, because it crashed %d workers: id=%s", error.ended, context.id)
         return ApiError(
             500,
-            f"{error.ended} workers ended while they ran this request; it is tried on no "
-            f"other. Their logs have more, under {context.id}.",
+            f"The request crashed {error.ended} workers and is not retried. See their logs, "
+            f"request id {context.id}.",
             code="request_ends_workers",
             headers={"x-should-retry": "false"},
         )

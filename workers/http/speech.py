@@ -1,4 +1,4 @@
-"""``POST /v1/audio/speech``: text in, speech out, whole or while it is being made."""
+"""``POST /v1/audio/speech``: text in, speech out, complete or streamed."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ class Speech:
         await context.start_stream(content_type, {"x-sample-rate": self._rate(options)})
 
     def _rate(self, options: SpeechOptions) -> str:
-        """Hz of what is sent, which is not the model's where the format cannot carry that."""
+        """Sample rate of the response in Hz: not the model's where the format cannot carry that."""
         return str(writable_rate(self._worker.loaded.sample_rate, options.response_format))
 
     def _is_cheap(self, options: SpeechOptions) -> bool:
-        """Samples that are only cast are written here; encoding and resampling take a thread of
-        their own."""
+        """Whether the event loop may encode: only casts. Compression and resampling run on the
+        encoder thread."""
         rate = self._worker.loaded.sample_rate
         name = options.response_format
         return name == "wav" or (name == "pcm" and writable_rate(rate, name) == rate)
@@ -103,7 +103,7 @@ class Speech:
 
 
 def _no_audio() -> ApiError:
-    return ApiError(500, "The model made no audio of this input.", code="no_audio")
+    return ApiError(500, "The model produced no audio for this input.", code="no_audio")
 
 
 def _frame(data: bytes, options: SpeechOptions) -> bytes:
@@ -113,7 +113,7 @@ def _frame(data: bytes, options: SpeechOptions) -> bytes:
 
 
 def _done(options: SpeechOptions, seconds: float) -> bytes:
-    """OpenAI's clients expect token counts; nothing here is counted in tokens, so they are 0."""
+    """The last event. OpenAI's clients expect token counts; there are no tokens, so 0."""
     usage = {
         "input_tokens": 0,
         "output_tokens": 0,

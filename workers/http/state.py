@@ -1,4 +1,4 @@
-"""What all routes of one worker share."""
+"""The state that all routes of a worker share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class WorkerState:
     loaded: LoadedModel
     device_thread: Executor
     encoder_thread: Executor
-    """Where audio is compressed, so that neither the device nor the event loop waits for it."""
+    """Compresses audio, so that neither the device nor the event loop waits for it."""
     queue: RequestQueue
     metrics: Metrics
     speech_rate: SpeechRate = field(default_factory=SpeechRate)

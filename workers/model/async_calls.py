@@ -1,4 +1,4 @@
-"""``async def`` in a model: run to its end on the device thread, on an event loop of its own."""
+"""Run a model's ``async def`` methods on the device thread, on an event loop of its own."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 
 
 class DeviceLoop:
-    """The event loop of the device thread, made when it is first needed.
+    """The event loop of the device thread, created when it is first needed.
 
-    It is one loop for the life of the worker, so that a client which ``setup`` opened can be used
-    by ``predict``. It runs only while a call does: one request at a time, as for any model.
-    All methods belong to the device thread.
+    It is one loop for the life of the worker, so that ``predict`` can use a client which ``setup``
+    opened. It runs only during a call: one request at a time, as for any model. Call all methods
+    on the device thread.
     """
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def resolve(self, value: Any) -> Any:
-        """The value itself; of a coroutine what it returns; of an async generator an Iterator.
-        Raises what the coroutine raises."""
+        """Return the value itself, the result of a coroutine, or an Iterator over an async
+        generator. Raises what the coroutine raises."""
         while inspect.isawaitable(value):
             value = self._run(value)
         return self._iterate(value) if isinstance(value, AsyncIterator) else value
@@ -32,10 +32,10 @@ class DeviceLoop:
         return self._get_loop().run_until_complete(_awaited(awaitable))
 
     def _iterate(self, source: AsyncIterator[Any]) -> Iterator[Any]:
-        """Items one at a time, each made when it is asked for. Closing this ends ``source``.
+        """Yield items one at a time, each produced on demand. Closing this closes ``source``.
 
-        One task drives the source from its first item to its last, since timeouts and cancel scopes
-        that are open across a ``yield`` belong to the task that entered them.
+        One task drives the source from its first item to its last, because timeouts and cancel
+        scopes that are open across a ``yield`` belong to the task that entered them.
         """
         loop = self._get_loop()
         handed: asyncio.Future[Any] = loop.create_future()

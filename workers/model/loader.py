@@ -1,4 +1,4 @@
-"""The one model of a worker, whatever its shape: what it can do, and how it is called."""
+"""Load a worker's model, whatever its shape, and call it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class LoadedModel:
-    """A loaded and warm model. All of its methods belong to the device thread."""
+    """A loaded and warm model. Call all of its methods on the device thread."""
 
     def __init__(self, model: Any, spec: Spec, device: str, loop: DeviceLoop) -> None:
         self.spec = spec
@@ -36,21 +36,21 @@ class LoadedModel:
         self.voices: list[str] = []
         self.startup_seconds: dict[str, float] = {}
         self.report: dict[str, Any] = {}
-        """What the model last said of itself."""
+        """The model's last health report."""
         self.longest_request: dict[str, Any] | list[Any] | None = None
-        """What sizing sends to measure the footprint, if the model knows."""
+        """What sizing sends to measure the footprint, if the model defines it."""
         self._model = model
         self._loop = loop
 
     def predict(self, payload: Any, events: bool) -> Any:
-        """An Answer, or an iterator: the content type, then chunks of bytes."""
+        """Return a Response, or an iterator: the content type, then chunks of bytes."""
         value = self._loop.resolve(self._model.predict(payload))
         if isinstance(value, Iterator):
             return stream(value, events)
         return complete(value)
 
     def speak(self, request: SpeechRequest) -> Iterator[Audio]:
-        """The speech in finite float32 chunks, while it is being made."""
+        """Yield the speech in finite float32 chunks, as it is generated."""
         chunks = self._loop.resolve(self._model.speak(request))
         try:
             for chunk in chunks:
@@ -64,27 +64,27 @@ class LoadedModel:
                 close()
 
     def speak_all(self, request: SpeechRequest) -> list[Audio]:
-        """The same chunks, all at once."""
+        """Return the same chunks as a list."""
         return list(self.speak(request))
 
     def refresh_report(self) -> None:
-        """Ask the model for its report; it stays empty when the model says nothing."""
+        """Call the model's health(); the report stays empty where there is none."""
         health = getattr(self._model, "health", None)
         if health is None:
             return
         value = self._loop.resolve(health())
         if not isinstance(value, dict):
-            raise TypeError(f"health() gave a {type(value).__name__}; a dict is needed")
+            raise TypeError(f"health() must return a dict, got {type(value).__name__}")
         as_json(value)
         self.report = value
 
     def read_longest_request(self) -> None:
-        """Ask the model once, at the start, what sizing is to send: nobody waits for it later."""
+        """Call longest_request() once, at the start, so that no request waits for it."""
         ask = getattr(self._model, "longest_request", None)
         longest = self._loop.resolve(ask()) if ask is not None else None
         if longest is not None and not isinstance(longest, dict | list):
             kind = type(longest).__name__
-            raise TypeError(f"longest_request() gave a {kind}; a dict or a list of them is needed")
+            raise TypeError(f"longest_request() must return a dict or a list of dicts, got {kind}")
         as_json(longest)
         self.longest_request = longest
 
@@ -92,7 +92,7 @@ class LoadedModel:
 def load(spec: Spec, device: str, executor: Executor) -> LoadedModel:
     """Import the class here; construct, set up and warm up on the device thread.
 
-    Raises LoadError: one line that says what failed, why, and where.
+    Raises LoadError: one line with what failed, why, and where.
     """
     cls = load_class(spec)
     return executor.submit(_prepare, cls, spec, device).result()
@@ -112,7 +112,9 @@ def _prepare(cls: type[Any], spec: Spec, device: str) -> LoadedModel:
     if loaded.speaks:
         _read_speech(model, loaded)
     elif spec.voice_aliases:
-        raise LoadError(f"model.voice_aliases is set, but {spec.target} has no speak(request)")
+        raise LoadError(
+            f"model.voice_aliases is set, but {spec.target} has no speak(request); remove it"
+        )
     warm_up = getattr(model, "warm_up", None)
     if warm_up is not None:
         _step(spec, "warm_up()", lambda: loop.resolve(warm_up()))
@@ -131,10 +133,10 @@ def _step(spec: Spec, what: str, step: Callable[[], T]) -> T:
 
 def _check_class(cls: type[Any], spec: Spec) -> None:
     if not hasattr(cls, "setup"):
-        raise LoadError(f"{spec.target} has no setup(device); a model needs one")
+        raise LoadError(f"{spec.target} has no setup(device); define it")
     if not hasattr(cls, "predict") and not hasattr(cls, "speak"):
         raise LoadError(
-            f"{spec.target} has neither predict(request) nor speak(request); a model needs one"
+            f"{spec.target} has neither predict(request) nor speak(request); define one of them"
         )
 
 
@@ -142,19 +144,21 @@ def _read_speech(model: Any, loaded: LoadedModel) -> None:
     target = loaded.spec.target
     rate = getattr(model, "sample_rate", None)
     if not isinstance(rate, int) or not 1000 <= rate <= 384_000:
-        raise LoadError(f"{target}.sample_rate is {rate!r}; a whole number of Hz is needed")
+        raise LoadError(
+            f"{target}.sample_rate must be an integer from 1000 to 384000 Hz, got {rate!r}"
+        )
     voices = getattr(model, "voices", None)
     if (
         not isinstance(voices, list | tuple)
         or not voices
         or not all(isinstance(voice, str) for voice in voices)
     ):
-        raise LoadError(f"{target}.voices is {voices!r}; a list with at least one name is needed")
+        raise LoadError(f"{target}.voices must be a list with at least one name, got {voices!r}")
     for alias, voice in loaded.spec.voice_aliases.items():
         if voice not in voices:
             raise LoadError(
-                f'model.voice_aliases: "{alias}" stands for "{voice}", which is no voice of '
-                f"{target}; its voices: {', '.join(voices)}"
+                f'model.voice_aliases: "{alias}" stands for an unknown voice of {target}: '
+                f'"{voice}"; its voices: {", ".join(voices)}'
             )
     loaded.sample_rate = rate
     loaded.voices = list(voices)

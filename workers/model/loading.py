@@ -1,4 +1,4 @@
-"""From ``package.module:Class`` and its arguments to an instance, or one line that says why not."""
+"""Import ``package.module:Class`` and construct it, with one-line errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_class(spec: Spec) -> type[Any]:
     parts = [*module_name.split("."), class_name]
     if not all(part.isidentifier() for part in parts):
         raise LoadError(
-            f'model.target "{spec.target}" names no class; write "package.module:Class"'
+            f'model.target is not a class name: "{spec.target}"; write "package.module:Class"'
         )
     try:
         module = run_step(f'model.target "{spec.target}"', lambda: _import(module_name, spec))
@@ -43,13 +43,13 @@ def load_class(spec: Spec) -> type[Any]:
         )
     if not inspect.isclass(found):
         raise LoadError(
-            f'model.target "{spec.target}" is no class but {type(found).__name__}; name a class'
+            f'model.target "{spec.target}" is not a class but {type(found).__name__}; name a class'
         )
     return found
 
 
 def construct(cls: type[Any], spec: Spec) -> Any:
-    """``cls(**args)``. Raises LoadError, naming the arguments that the class takes."""
+    """Return ``cls(**args)``. Raises LoadError with the arguments that the class takes."""
     try:
         signature = inspect.signature(cls)
     except (TypeError, ValueError):
@@ -66,11 +66,11 @@ def construct(cls: type[Any], spec: Spec) -> Any:
 
 
 _CODE_ERRORS = (ImportError, SyntaxError, NameError, AttributeError, TypeError)
-"""What importing a module raises when the module itself is wrong or lacks another one."""
+"""What an import raises when the module itself is wrong or lacks a dependency."""
 
 
 def run_step(what: str, step: Callable[[], T]) -> T:
-    """Run a step of the start. Whatever it raises becomes one line with the place it came from.
+    """Run a step of the start. Whatever it raises becomes a one-line LoadError with its location.
 
     The LoadError is not permanent: what the model's own code met may be gone at the next start.
     """
@@ -91,7 +91,7 @@ def run_step(what: str, step: Callable[[], T]) -> T:
 def _extend_path(folders: tuple[Path, ...]) -> None:
     for folder in reversed(folders):
         if not folder.is_dir():
-            raise LoadError(f"path {folder} is no folder; correct it, or create the folder")
+            raise LoadError(f"path is not a folder: {folder}; correct it, or create the folder")
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
 
@@ -110,18 +110,18 @@ def _import(name: str, spec: Spec) -> Any:
             ) from None
         searched = ", ".join(str(folder) for folder in spec.path) or "no folders of its own"
         raise LoadError(
-            f'model.target "{spec.target}": there is no module {missing}; searched {searched} '
+            f'model.target "{spec.target}": no module named {missing}; searched {searched} '
             f"and the installed packages; correct the name, or add its folder to workers.path"
         ) from None
 
 
 _OWN_PACKAGES = ("workers", "launcher", "balancer", "loadtest")
-"""gpufarm's, of which an installation has all."""
+"""gpufarm's own packages, which every installation has."""
 
 
 def _name_conflict(name: str, spec: Spec) -> str:
-    """Why a module ``name`` cannot be found where gpufarm's own package has its first name; empty
-    where it has not."""
+    """Explain that gpufarm's own package hides the user's module ``name``; empty where it does
+    not."""
     top = name.partition(".")[0]
     if top not in _OWN_PACKAGES:
         return ""
@@ -136,7 +136,7 @@ def _name_conflict(name: str, spec: Spec) -> str:
 
 
 def _is_imported(path: Path, top: str) -> bool:
-    """Whether ``import top`` gives what lies at ``path``."""
+    """Whether ``import top`` imports ``path``."""
     found = importlib.util.find_spec(top)
     if found is None:
         return False
@@ -161,8 +161,8 @@ def _suggestion(module: Any, name: str) -> str:
 
 
 def _location(error: BaseException) -> str:
-    """`` (file.py:12)``: where the user's own code stood, as far as one can tell."""
-    if isinstance(error, SyntaxError):  # it names its place itself
+    """Return `` (file.py:12)``: the innermost line of the user's own code, if known."""
+    if isinstance(error, SyntaxError):  # its message has the location
         return ""
     frames = [
         frame

@@ -1,4 +1,4 @@
-"""How long one request may take: one deadline, whichever workers it is tried on."""
+"""The time limit of a request: one deadline across all workers that the balancer tries."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import time
 from workers.errors import invalid
 
 _OLDEST = 3600.0
-"""Seconds since the balancer took a request in, or four times its limit where that is longer. A
-header that says more than this comes from another clock."""
+"""Largest plausible age of a request in seconds, or four times its limit where that is longer. A
+header with a greater age comes from another clock."""
 
 _CLOCK_STEP = 1.0
 """Seconds by which X-Request-Start may lie in the future: it is rounded."""
 
 
 class TimeLimit:
-    """Runs from when the balancer took the request in (X-Request-Start: Unix seconds, the same at
-    every worker that it tries), else from now."""
+    """Starts when the balancer received the request (X-Request-Start: Unix seconds, the same on
+    every worker that it tries), else now."""
 
     def __init__(self, seconds: float, started: str) -> None:
-        """``seconds``: what is configured. ``started``: the header, empty where there is none."""
+        """``seconds``: the configured limit. ``started``: the header, empty if missing."""
         self.seconds = seconds
         self.began = time.monotonic() - _age(started, seconds)
         self._source = "workers.request_timeout"
@@ -39,14 +39,14 @@ class TimeLimit:
         return max(0.0, self.deadline - time.monotonic())
 
     def shorten(self, requested: str) -> None:
-        """To what X-Request-Timeout asks for. Raises ApiError 400 for what is no time."""
+        """Lower the limit to X-Request-Timeout. Raises ApiError 400 where it is not a duration."""
         try:
             seconds = float(requested)
         except ValueError:
             seconds = math.nan
         if not (math.isfinite(seconds) and seconds > 0):
             raise invalid(
-                f"X-Request-Timeout is {requested[:40]!r}; a number of seconds above 0 is needed.",
+                f"X-Request-Timeout must be a positive number of seconds, got {requested[:40]!r}.",
                 "X-Request-Timeout",
             )
         if seconds < self.seconds:
@@ -54,7 +54,7 @@ class TimeLimit:
 
 
 def _age(started: str, seconds: float) -> float:
-    """Seconds since then; 0 where the header is missing or not sane."""
+    """Seconds since the request started; 0 where the header is missing or implausible."""
     try:
         age = time.time() - float(started) if started else 0.0
     except ValueError:

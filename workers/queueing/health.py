@@ -1,8 +1,8 @@
-"""What the model says of itself: asked for after requests, never for a caller.
+"""Refresh the model's health report after requests, never while a client waits for it.
 
-`health()` is the model's own code, and it belongs to the device thread, where it may take long or
-never come back. So nothing that answers a caller calls it: they get the last report. It is
-asked for again when a request has ended, and the watchdog sees it while it runs.
+`health()` is the model's own code and runs on the device thread, where it may take long or hang. So
+no route calls it: clients get the last report. It is refreshed when a request has ended, under the
+watchdog.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from workers.model.loader import LoadedModel
 from workers.queueing.queue import RequestQueue
 
 MIN_INTERVAL = 1.0
-"""Seconds between two reports, at least."""
+"""Minimum seconds between two reports."""
 
 _MIN_INTERVAL_FACTOR = 100
-"""A report that takes long is asked for so seldom that it has a hundredth of the device's time."""
+"""A slow report is refreshed so rarely that it takes a hundredth of the device's time."""
 
 
 class HealthReports:
-    """Keeps ``served.report`` at most a second older than the last request, where health() is
-    quick. Lives on the event loop, except where a docstring says "device thread"."""
+    """Keeps ``loaded.report`` at most a second older than the last request, where health() is
+    quick. Runs on the event loop, except where a docstring says "device thread"."""
 
     def __init__(self, queue: RequestQueue, loaded: LoadedModel) -> None:
         self._queue = queue
@@ -34,7 +34,7 @@ class HealthReports:
         self._pending = False
 
     def request_ended(self) -> None:
-        """Have the model asked for its report soon, once for all requests that end until then."""
+        """Schedule a refresh, one for all requests that end until then."""
         if self._pending:
             return
         self._pending = True

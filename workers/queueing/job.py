@@ -1,6 +1,6 @@
-"""One admitted request: from its place in the queue to the last item of what the model makes.
+"""One admitted request: from its place in the queue to the last item of the model's result.
 
-The device thread runs it and is as far ahead of its reader as a bound in bytes allows; everything
+The device thread runs it and may be ahead of its reader by a bounded number of bytes; everything
 else here runs on the event loop, except where a docstring says "device thread".
 """
 
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 
 MAX_UNREAD = 8 * 2**20
 """Bytes of a stream that the device thread may be ahead of a slow reader: 87 s of 24 kHz float32
-audio. One item more is in the reader's hands and one in the model's."""
+audio. The reader and the model hold one more item each."""
 
 MIN_BYTES_PER_SECOND = 16 * 1024
-"""Bytes a second, as the model yields them, below which a reader for which the device waits is cut
-off: half of what speech of telephone quality takes (8 kHz float32), so no listener is."""
+"""Bytes per second, as the model yields them, below which a reader that keeps the device waiting is
+cut off: half of telephone quality speech (8 kHz float32), so listeners never are."""
 
 SLOW_READER_WINDOW = 10.0
-"""Seconds of the device's waiting over which that pace is measured: longer than the kernel's
-buffers take to move on, and short against what others lose meanwhile."""
+"""Seconds of device waiting over which that rate is measured: longer than the kernel's buffers take
+to drain, and short for the requests in the queue."""
 
 _POLL_INTERVAL = 0.05
-"""Seconds after which a device that waits for a reader looks at the deadline."""
+"""Seconds between two checks of the deadline while the device waits for a reader."""
 
 Stage = Literal["waiting", "running", "streaming"]
 
 
-class Dropped(Exception):  # noqa: N818 - an answer, not a fault
-    """The work was dropped in ``stage``."""
+class Dropped(Exception):  # noqa: N818 - an outcome, not a failure
+    """The job ended in ``stage``, without its result."""
 
     reason = "dropped"
-    """One word for the metrics."""
+    """Label in the metrics."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(f"dropped while {stage}")
@@ -60,14 +60,14 @@ class ClientDisconnected(Dropped):
 
 
 class SlowReader(Dropped):
-    """The device waited for a caller that took the stream too slowly."""
+    """The client read the stream too slowly while the device waited."""
 
     reason = "slow_reader"
 
     def __str__(self) -> str:
         return (
             f"The stream was read at less than {MIN_BYTES_PER_SECOND // 1024} KiB/s over "
-            f"{SLOW_READER_WINDOW:g} s for which the device waited"
+            f"{SLOW_READER_WINDOW:g} s while the device waited"
         )
 
 
@@ -79,7 +79,7 @@ class Job:
     ) -> None:
         self.work = work
         self.key = key
-        """The balancer's name of the request, by which it is known again on another worker."""
+        """The balancer's id of the request, the same on every worker."""
         self.streams = False
         """Whether the call returned an iterator; known with the first item."""
         self.admitted = time.perf_counter()
@@ -108,19 +108,19 @@ class Job:
 
     @property
     def queue_seconds(self) -> float:
-        """How long it waited, or has been waiting."""
+        """Seconds that it waited, or has been waiting."""
         return (self.started or time.perf_counter()) - self.admitted
 
     @property
     def service_seconds(self) -> float:
-        """How long it has had the device; 0 before it ran."""
+        """Seconds that it has held the device; 0 before it ran."""
         if self.started is None:
             return 0.0
         return (self.ended or time.perf_counter()) - self.started
 
     @property
     def busy_seconds(self) -> float:
-        """How long the device has worked on it."""
+        """Seconds that the device has worked on it, without waiting for its reader."""
         return self.service_seconds - self.waited
 
     @property
@@ -138,7 +138,7 @@ class Job:
         return self
 
     async def __anext__(self) -> Any:
-        """Raises what the model raised (reduced), DeadlinePassed, or CallerLeft."""
+        """Return the next item. Raises what the model raised (without its frames), or a Dropped."""
         while not self._items:
             if self._error is not None:
                 raise self._error
@@ -154,11 +154,11 @@ class Job:
         return item
 
     def delivered(self, share: float) -> None:
-        """Of the item that was taken last, so much has gone to the caller: 0 to 1."""
+        """Record the share, 0 to 1, of the last item that has been sent to the client."""
         self._delivered_bytes = self._taken_bytes - self._held_bytes * (1 - share)
 
     def cancel(self) -> None:
-        """The caller has gone: wait no more, run no more, stream no more."""
+        """Drop the job, because the client has disconnected. Nothing to do after its end."""
         if not self._over:
             self._drop(ClientDisconnected)
 
@@ -178,7 +178,7 @@ class Job:
         self._room.set()
         assert self._future is not None
         if self._future.cancel():
-            # It never ran and never will: its place is free at once.
+            # It never ran and never will: release its place in the queue at once.
             self._call = None
             self._queue._release()
         self._items.clear()
@@ -203,7 +203,7 @@ class Job:
             self._wake()
 
     def _finish(self, error: Exception | None, *last: Any) -> None:
-        """The device thread is done with it, whether anyone still waits or not."""
+        """Called when the device thread is done with it, also where it was dropped meanwhile."""
         assert self.started is not None
         assert self.ended is not None
         self._queue._job_ended(self.ended - self.started, error)
@@ -214,7 +214,7 @@ class Job:
     def _run(self) -> None:
         """Device thread."""
         if self._queue.closed:
-            # The process is about to end: without an answer, the balancer asks another worker.
+            # The process is about to exit: without a response, the balancer tries another worker.
             return
         self.started = time.perf_counter()
         self._queue._current = self
@@ -235,7 +235,7 @@ class Job:
             self._loop.call_soon_threadsafe(self._finish, error, *last)
 
     def _call_model(self) -> tuple[Any, ...]:
-        """Device thread. The value as the last item; a stream's items leave on their own."""
+        """Device thread. Return the value as the last item; post a stream's items one by one."""
         self.work.check()
         assert self._call is not None
         value = self._call()
@@ -260,10 +260,10 @@ class Job:
         self._loop.call_soon_threadsafe(self._receive, item, size)
 
     def _wait_for_room(self) -> None:
-        """Device thread. With an item in hand, and only then: after its last one the model never
-        waits for a reader."""
+        """Device thread. Called only with an item to post: after its last one the model never waits
+        for a reader."""
         while True:
-            self._room.clear()  # before looking, so that what is taken meanwhile wakes it
+            self._room.clear()  # before the check, so that an item taken meanwhile wakes it
             self.work.check()
             if self._posted_bytes - self._taken_bytes <= MAX_UNREAD:
                 return
@@ -273,7 +273,7 @@ class Job:
             self._check_reading_rate()
 
     def _check_reading_rate(self) -> None:
-        """Device thread. Drops the job of a reader that is too slow for what it costs others."""
+        """Device thread. Drop the job where its reader is too slow."""
         waited, delivered = self._window_start
         seconds = self.waited - waited
         if seconds < SLOW_READER_WINDOW:
@@ -290,7 +290,7 @@ class Job:
 
 
 def _size(item: Any) -> int:
-    """Bytes that an item of a stream takes, as far as it says so."""
+    """Size of a stream's item in bytes, as far as it is known."""
     if isinstance(item, bytes):
         return len(item)
     size = getattr(item, "nbytes", None)  # arrays and tensors

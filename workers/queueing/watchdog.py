@@ -1,4 +1,4 @@
-"""A model that does not come back: the process ends, and whoever supervises it starts another."""
+"""Exit when a model call hangs, so that supervisord restarts the worker."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ EXIT_STUCK = 1
 GRACE = 5.0
 """Seconds beyond twice the longest request."""
 _CHECKS_PER_TIMEOUT = 20
-"""How often the patience is divided; a look costs microseconds."""
+"""A check costs microseconds."""
 
 
 def call_timeout(request_timeout: float) -> float:
-    """Seconds a call may have the device. Its caller was answered 504 after the first half, and a
-    model that is only slow may still come back in the second."""
+    """Seconds that a call may hold the device. Its client got a 504 after the first half; a model
+    that is merely slow may return in the second."""
     return 2 * request_timeout + GRACE
 
 
 def health_timeout(request_timeout: float) -> float:
-    """Seconds a call of health() may have the device: so few that a request which waits behind it
-    still has half of its time when this process has ended and another worker gets it."""
+    """Seconds that health() may hold the device: so few that a request which waits behind it still
+    has half of its time when this process has exited and another worker gets it."""
     return max(GRACE, request_timeout / 2)
 
 
 def start_watchdog(queue: RequestQueue, request_timeout: float) -> None:
-    """End this process once a call has had the device for longer than the patience."""
+    """Start the thread that exits this process once a call exceeds its timeout."""
     limits = call_timeout(request_timeout), health_timeout(request_timeout)
-    threading.Thread(target=_run_watchdog, args=(queue, *limits), name="watch", daemon=True).start()
+    threading.Thread(
+        target=_run_watchdog, args=(queue, *limits), name="watchdog", daemon=True
+    ).start()
 
 
 def _run_watchdog(queue: RequestQueue, limit: float, health_limit: float) -> None:
@@ -43,7 +45,7 @@ def _run_watchdog(queue: RequestQueue, limit: float, health_limit: float) -> Non
             break
         time.sleep(min(5.0, limit / _CHECKS_PER_TIMEOUT))
     log.critical(
-        "a call of the model has not come back for %.0f s; ending with %d, it was in: %s",
+        "a call of the model has not returned for %.0f s; exiting with %d, it was in: %s",
         max(seconds, health_seconds),
         EXIT_STUCK,
         _device_thread_stack(),
@@ -58,4 +60,4 @@ def _device_thread_stack() -> str:
         if thread.name.startswith("device") and thread.ident in frames:
             stack = traceback.extract_stack(frames[thread.ident])[-3:]
             return " < ".join(f"{f.name} ({f.filename}:{f.lineno})" for f in reversed(stack))
-    return "a place unknown"
+    return "an unknown place"

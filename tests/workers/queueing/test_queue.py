@@ -1,4 +1,4 @@
-"""Admission without HTTP: the line, its deadline, and who may leave it when."""
+"""Admission without HTTP: the queue, its deadlines, and cancelled jobs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from workers.queueing import job as jobs
 from workers.queueing.job import ClientDisconnected, DeadlinePassed, Job, SlowReader
 from workers.queueing.queue import QueueClosed, QueueFull, RequestQueue
 
-PATIENCE = 30.0
+TIMEOUT = 30.0
 
 
 class Gate:
@@ -31,15 +31,15 @@ class Gate:
 
     def __call__(self) -> str:
         self.running.set()
-        assert self.opened.wait(PATIENCE)
+        assert self.opened.wait(TIMEOUT)
         return "held"
 
 
 def with_queue(test: Callable[[RequestQueue], Awaitable[None]], limit: int = 8) -> None:
-    """Run ``test`` with a line of its own, and with a deadline."""
+    """Run ``test`` with a queue of its own, and with a deadline."""
     executor = ThreadPoolExecutor(1)
     try:
-        asyncio.run(asyncio.wait_for(_awaited(test(RequestQueue(executor, limit))), PATIENCE))
+        asyncio.run(asyncio.wait_for(_awaited(test(RequestQueue(executor, limit))), TIMEOUT))
     finally:
         executor.shutdown()
 
@@ -68,7 +68,7 @@ def test_a_value_is_the_only_item() -> None:
     with_queue(test)
 
 
-def test_a_stream_comes_item_by_item() -> None:
+def test_stream_yields_item_by_item() -> None:
     async def test(queue: RequestQueue) -> None:
         job = queue.submit(lambda: iter([1, 2, 3]), Work())
         assert await collected(job) == [1, 2, 3]
@@ -92,7 +92,7 @@ def test_everything_runs_on_one_thread_in_order() -> None:
     with_queue(test)
 
 
-def test_a_full_line_refuses_with_the_time_it_needs() -> None:
+def test_full_queue_rejects_with_retry_after() -> None:
     async def test(queue: RequestQueue) -> None:
         gate = Gate()
         first = queue.submit(gate, Work())
@@ -125,7 +125,7 @@ def test_retry_after_follows_the_observed_service_time() -> None:
     with_queue(test)
 
 
-def test_who_leaves_the_line_never_runs_and_frees_the_place() -> None:
+def test_job_cancelled_in_the_queue_never_runs_and_frees_its_place() -> None:
     async def test(queue: RequestQueue) -> None:
         gate = Gate()
         ran: list[str] = []
@@ -146,7 +146,7 @@ def test_who_leaves_the_line_never_runs_and_frees_the_place() -> None:
     with_queue(test, limit=1)
 
 
-def test_a_deadline_in_the_line_is_answered_there_and_never_runs() -> None:
+def test_deadline_in_the_queue_never_runs() -> None:
     async def test(queue: RequestQueue) -> None:
         gate = Gate()
         ran: list[str] = []
@@ -165,7 +165,7 @@ def test_a_deadline_in_the_line_is_answered_there_and_never_runs() -> None:
     with_queue(test)
 
 
-def test_a_deadline_that_has_passed_on_arrival_never_runs() -> None:
+def test_deadline_passed_on_arrival_never_runs() -> None:
     async def test(queue: RequestQueue) -> None:
         ran: list[str] = []
         job = queue.submit(lambda: ran.append("late"), Work(time.monotonic() - 1))
@@ -177,7 +177,7 @@ def test_a_deadline_that_has_passed_on_arrival_never_runs() -> None:
     with_queue(test)
 
 
-def test_a_deadline_while_running_is_answered_while_the_call_goes_on() -> None:
+def test_deadline_while_running_returns_before_the_call_ends() -> None:
     async def test(queue: RequestQueue) -> None:
         gate = Gate()
         job = queue.submit(gate, Work(time.monotonic() + 0.05))
@@ -191,7 +191,7 @@ def test_a_deadline_while_running_is_answered_while_the_call_goes_on() -> None:
     with_queue(test)
 
 
-def test_a_model_that_checks_stops_at_the_deadline() -> None:
+def test_model_that_checks_stops_at_the_deadline() -> None:
     async def test(queue: RequestQueue) -> None:
         work = Work(time.monotonic() + 0.05)
 
@@ -206,7 +206,7 @@ def test_a_model_that_checks_stops_at_the_deadline() -> None:
     with_queue(test)
 
 
-def test_a_stream_is_closed_on_its_thread_when_the_caller_leaves() -> None:
+def test_cancelled_stream_is_closed_on_the_device_thread() -> None:
     async def test(queue: RequestQueue) -> None:
         closed: list[str] = []
         threads: list[str] = []
@@ -242,7 +242,7 @@ def chunks(count: int, made: list[int]) -> Callable[[], Iterator[bytes]]:
     return stream
 
 
-def test_a_slow_reader_holds_the_stream_back_by_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_reader_bounds_the_unread_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "MAX_UNREAD", 4 * 1024)
 
     async def test(queue: RequestQueue) -> None:
@@ -256,7 +256,7 @@ def test_a_slow_reader_holds_the_stream_back_by_its_bytes(monkeypatch: pytest.Mo
     with_queue(test)
 
 
-def test_the_device_is_free_when_the_last_item_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_is_free_after_the_last_item(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "MAX_UNREAD", 4 * 1024)
 
     async def test(queue: RequestQueue) -> None:
@@ -270,7 +270,7 @@ def test_the_device_is_free_when_the_last_item_was_made(monkeypatch: pytest.Monk
     with_queue(test)
 
 
-def test_a_reader_below_the_floor_is_cut_off_while_the_device_waits(
+def test_reader_below_the_minimum_rate_is_cut_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(jobs, "MAX_UNREAD", 4 * 1024)
@@ -294,7 +294,7 @@ def test_a_reader_below_the_floor_is_cut_off_while_the_device_waits(
     with_queue(test)
 
 
-def test_a_reader_above_the_floor_may_let_the_device_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reader_above_the_minimum_rate_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes large items, of which what has left counts before the whole has."""
     monkeypatch.setattr(jobs, "MAX_UNREAD", 1)
     monkeypatch.setattr(jobs, "MIN_BYTES_PER_SECOND", 1024)
@@ -313,7 +313,7 @@ def test_a_reader_above_the_floor_may_let_the_device_wait(monkeypatch: pytest.Mo
     with_queue(test)
 
 
-def test_what_a_model_raises_comes_without_its_frames() -> None:
+def test_model_exceptions_have_no_frames() -> None:
     class Tensor:
         """Stands for memory that a frame would keep alive."""
 
@@ -338,7 +338,7 @@ def test_what_a_model_raises_comes_without_its_frames() -> None:
     with_queue(test)
 
 
-def test_a_refusal_by_the_model_keeps_its_message() -> None:
+def test_rejection_by_the_model_keeps_its_message() -> None:
     async def test(queue: RequestQueue) -> None:
         def refuses() -> None:
             raise InvalidRequest("too loud")
@@ -363,7 +363,7 @@ def test_items_made_before_a_failure_arrive_before_it() -> None:
     with_queue(test)
 
 
-def test_a_lost_device_answers_its_request_and_runs_no_other() -> None:
+def test_lost_device_answers_its_request_and_runs_no_other() -> None:
     async def test(queue: RequestQueue) -> None:
         lost: list[bool] = []
         ran: list[str] = []
