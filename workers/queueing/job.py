@@ -99,7 +99,7 @@ class Job:
         self._delivered_bytes = 0.0
         self._held_bytes = 0
         self._window_start = (0.0, 0.0)
-        self._over = False
+        self._done = False
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._room = threading.Event()
@@ -142,7 +142,7 @@ class Job:
         while not self._items:
             if self._error is not None:
                 raise self._error
-            if self._over:
+            if self._done:
                 raise StopAsyncIteration
             self._waiter = self._loop.create_future()
             await self._waiter
@@ -159,7 +159,7 @@ class Job:
 
     def cancel(self) -> None:
         """Drop the job, because the client has disconnected. Nothing to do after its end."""
-        if not self._over:
+        if not self._done:
             self._drop(ClientDisconnected)
 
     def _begin(self, executor: Executor) -> None:
@@ -169,7 +169,7 @@ class Job:
         self._future = executor.submit(self._run)
 
     def _expire(self) -> None:
-        if not self._over:
+        if not self._done:
             self._drop(DeadlinePassed)
 
     def _drop(self, reason: type[Dropped]) -> None:
@@ -187,7 +187,7 @@ class Job:
             self.on_dropped()
 
     def _close(self, error: Exception | None) -> None:
-        self._over = True
+        self._done = True
         self._error = error
         if self._timer is not None:
             self._timer.cancel()
@@ -198,7 +198,7 @@ class Job:
             self._waiter.set_result(None)
 
     def _receive(self, item: Any, size: int) -> None:
-        if not self._over:
+        if not self._done:
             self._items.append((item, size))
             self._wake()
 
@@ -207,7 +207,7 @@ class Job:
         assert self.started is not None
         assert self.ended is not None
         self._queue._job_ended(self.ended - self.started, error)
-        if not self._over:
+        if not self._done:
             self._items.extend((item, 0) for item in last)
             self._close(error)
 
@@ -285,7 +285,7 @@ class Job:
         self._window_start = self.waited, self._delivered_bytes
 
     def _drop_slow_reader(self) -> None:
-        if not self._over:
+        if not self._done:
             self._drop(SlowReader)
 
 
