@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
-from workers.engines.placement import Node, counts, excess_on_cpu, refusal
+from workers.engines.placement import Node, counts, excess_on_cpu, rejection
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class OnnxEngine:
         if not path.is_file():
             raise ProviderError(f"graph not found: {path}; correct the path")
         self.options = options
-        self.refusals: list[str] = []
+        self.rejections: list[str] = []
         """Why each provider before the one in use was rejected."""
         self.provider = ""
         self.assignment: dict[str, int] = {}
@@ -112,17 +112,17 @@ class OnnxEngine:
                 self.provider = name
                 break
         else:
-            refusals = "; ".join(self.refusals)
+            rejections = "; ".join(self.rejections)
             raise ProviderError(
-                f'{path}: no provider meets require = "{options.requirement}": {refusals}. '
+                f'{path}: no provider meets require = "{options.requirement}": {rejections}. '
                 f"{_remedy(options)}"
             )
-        if self.refusals:
+        if self.rejections:
             log.warning(
                 "%s runs on %s after falling back: %s",
                 path.name,
                 self.provider,
-                "; ".join(self.refusals),
+                "; ".join(self.rejections),
             )
         self.inputs = [i.name for i in self._session.get_inputs()]
         self.outputs = [o.name for o in self._session.get_outputs()]
@@ -152,19 +152,19 @@ class OnnxEngine:
         found: dict[str, Any] = {"provider": self.provider, "nodes": self.assignment}
         if self.on_cpu:
             found["on_cpu"] = self.on_cpu[:_MAX_REPORTED]
-        if self.refusals:
-            found["fallback"] = self.refusals
+        if self.rejections:
+            found["fallback"] = self.rejections
         return found
 
     def _attempt(self, path: Path, name: str) -> Any | None:
-        """Open a session on ``name`` and those below it; None, and a refusal, on failure."""
+        """Open a session on ``name`` and those below it; None, and a rejection, on failure."""
         session = self._session_on(path, name)
         if session is None:
             return None
         nodes = _nodes(session)
         reason = _unmet_requirement(name, nodes, self.options)
         if reason is not None:
-            self.refusals.append(f"{name}: {reason}")
+            self.rejections.append(f"{name}: {reason}")
             return None
         self.assignment = counts(nodes)
         if name != "cpu":
@@ -177,7 +177,7 @@ class OnnxEngine:
         provider = PROVIDERS[name]
         available = onnxruntime.get_available_providers()
         if provider not in available:
-            self.refusals.append(f"{name}: this build of onnxruntime has no {provider}")
+            self.rejections.append(f"{name}: this build of onnxruntime has no {provider}")
             return None
         chain = [below for below in _fallback_chain(name) if PROVIDERS[below] in available]
         for below in chain:
@@ -199,11 +199,11 @@ class OnnxEngine:
                 )
         except Exception as error:  # whatever a provider's library raises, try the next one
             reason = " ".join(str(error).split())[:200]
-            self.refusals.append(f"{name}: {type(error).__name__}: {reason}")
+            self.rejections.append(f"{name}: {type(error).__name__}: {reason}")
             return None
         # A provider that failed to load is missing here, without an error.
         if provider not in session.get_providers():
-            self.refusals.append(f"{name}: its library did not load (see the log above)")
+            self.rejections.append(f"{name}: its library did not load (see the log above)")
             return None
         return session
 
@@ -245,7 +245,7 @@ def _unmet_requirement(name: str, nodes: Sequence[Node], options: Options) -> st
             f"onnxruntime {onnxruntime.__version__} does not report where nodes run, so a "
             "required GPU cannot be verified; install a newer one"
         )
-    return refusal(name, nodes) or (excess_on_cpu(nodes) if gpu_required else None)
+    return rejection(name, nodes) or (excess_on_cpu(nodes) if gpu_required else None)
 
 
 def _attempts(options: Options) -> Sequence[str]:

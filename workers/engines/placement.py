@@ -56,8 +56,8 @@ def counts(nodes: Sequence[Node]) -> dict[str, int]:
     return dict(Counter(node.provider for node in nodes))
 
 
-def refusal(requested: str, nodes: Sequence[Node]) -> str | None:
-    """Why ``asked`` is a provider in name only; None when it runs enough of the graph."""
+def rejection(requested: str, nodes: Sequence[Node]) -> str | None:
+    """Return why ``requested`` does not run enough of the graph; None where it does."""
     own = sum(node.provider == requested for node in nodes)
     if not own:
         return f"it took none of the nodes ({_format_counts(nodes)})"

@@ -296,9 +296,9 @@ def parse_json(body: bytes) -> Any:
         # json.loads itself would accept surrogates that are not valid UTF-8.
         text = body.decode(json.detect_encoding(body))
         if not _MAYBE_HUGE.search(text):
-            return json.loads(text, parse_constant=_refuse_constant)
+            return json.loads(text, parse_constant=_reject_constant)
         return json.loads(
-            text, parse_constant=_refuse_constant, parse_float=_float, parse_int=_integer
+            text, parse_constant=_reject_constant, parse_float=_float, parse_int=_integer
         )
     except RecursionError:
         raise invalid("The body is nested too deeply.") from None
@@ -338,7 +338,7 @@ def _check_encoding(value: str) -> None:
         )
 
 
-def _refuse_constant(name: str) -> None:
+def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 

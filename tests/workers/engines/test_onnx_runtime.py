@@ -164,7 +164,7 @@ def test_any_falls_back_and_warns_once(graph: Path, caplog: pytest.LogCaptureFix
 def test_any_on_a_cpu_is_no_fallback(graph: Path, caplog: pytest.LogCaptureFixture) -> None:
     loaded = OnnxEngine(graph, Options(device="cpu", require="any"))
     assert loaded.provider == "cpu"
-    assert loaded.refusals == []
+    assert loaded.rejections == []
     assert not caplog.records
 
 
