@@ -1,9 +1,9 @@
-"""What an error says about the device: is it lost to this process, did its memory run out.
+"""Classify device errors: is the device lost to this process, is memory exhausted.
 
-Known by classes, error codes and status names, without importing torch, ONNX Runtime or CUDA: each
-of them may be what the model uses, or not be installed at all. Words of a message count only where
-a library of NVIDIA's, torch or ONNX Runtime wrote them; a request's own text must not cost a worker
-its process.
+Recognises classes, error codes and status names, without importing torch, ONNX Runtime or CUDA:
+the model may use any of them, and none has to be installed. Words of a message count only where
+a library of NVIDIA's, torch or ONNX Runtime wrote them: the text of a request must not end a
+worker's process.
 """
 
 from __future__ import annotations
@@ -71,18 +71,18 @@ _NO_MEMORY = re.compile(
 )
 
 
-def is_exhausted(error: BaseException) -> bool:
-    """Tell whether memory ran out, of the host or of the device, here or in a cause."""
-    return any(_ran_out(cause) for cause in _causes(error))
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether host or device memory is exhausted, in this error or one of its causes."""
+    return any(_is_out_of_memory(cause) for cause in _causes(error))
 
 
 def is_sticky(error: BaseException) -> bool:
-    """Tell whether the device is lost to this process. Running out of memory does not lose it, nor
-    does a call that CUDA refused, as with an invalid argument."""
+    """Whether the device is lost to this process. Running out of memory does not lose it, nor
+    does a call that CUDA rejects, as with an invalid argument."""
     return any(_lost(cause) for cause in _causes(error))
 
 
-def _ran_out(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
@@ -95,7 +95,7 @@ def _ran_out(error: BaseException) -> bool:
 
 
 def _lost(error: BaseException) -> bool:
-    if _ran_out(error):
+    if _is_out_of_memory(error):
         return False
     # ONNX Runtime's name for a device that was reset or removed under it
     if type(error).__name__ == "DeviceReset" and type(error).__module__.startswith("onnxruntime"):
@@ -105,8 +105,8 @@ def _lost(error: BaseException) -> bool:
 
 
 def _code(error: BaseException) -> int | None:
-    """CUDA's error code, from the error's own field (torch's AcceleratorError has one), else from
-    its message; None where neither has one."""
+    """Return CUDA's error code, from the error's own field (torch's AcceleratorError has one), else
+    from its message; None where neither has one."""
     code = getattr(error, "error_code", None)
     if isinstance(code, int) and type(error).__name__ == "AcceleratorError":
         return code
@@ -124,7 +124,7 @@ def _code(error: BaseException) -> int | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, and what it was raised from or while handling."""
+    """Yield the error and what it was raised from, or while handling."""
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:

@@ -1,4 +1,4 @@
-"""The errors of a worker: what a caller reads, what ends its start, and what a model raised."""
+"""The errors of a worker: HTTP errors, errors that fail its start, and what a model raised."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from workers.device_errors import is_sticky
 
 
 class LoadError(Exception):
-    """The worker cannot serve: one line that says what, why and what to do.
+    """The worker cannot serve: one line with what failed, why, and the remedy.
 
-    ``permanent``: it cannot change by itself (a module or class that is missing, arguments that do
-    not fit, no model, a bad spec). Such a worker ends with 3. One that fails otherwise, as with a
-    file system, a hub or a device that may be back later, ends with 1 and is started again.
+    ``permanent``: a restart cannot help (a missing module or class, arguments that do not fit, a
+    class that is not a model, a bad spec). Such a worker exits with 3. One that fails otherwise,
+    as with a file system, a hub or a device that may recover, exits with 1 and is restarted.
     """
 
     def __init__(self, message: str, *, permanent: bool = True) -> None:
@@ -23,7 +23,7 @@ class LoadError(Exception):
 
 
 class ApiError(Exception):
-    """An answer other than success, in OpenAI's shape."""
+    """An HTTP error response, in the shape of OpenAI's errors."""
 
     def __init__(
         self,
@@ -33,16 +33,16 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
-        may_go_on: bool = False,
+        try_next_worker: bool = False,
     ) -> None:
-        """``may_go_on``: a refusal by this worker before any work, which the next may not share."""
+        """``try_next_worker``: rejected before any work, and another worker may accept it."""
         super().__init__(message)
         self.status = status
         self.message = message
         self.code = code
         self.param = param
         self.headers = dict(headers or {})
-        self.may_go_on = may_go_on
+        self.try_next_worker = try_next_worker
 
     @property
     def type(self) -> str:
@@ -62,30 +62,30 @@ class ApiError(Exception):
 
 
 def invalid(message: str, param: str | None = None) -> ApiError:
-    """A request that can never succeed as it is: 400."""
+    """Return a 400 for a request that cannot succeed unchanged."""
     return ApiError(400, message, code="invalid_request", param=param)
 
 
-def unknown(kind: str, name: str, known: list[str]) -> ApiError:
-    """A model or voice that is not here: 404 with those that are."""
+def not_found(kind: str, name: str, known: list[str]) -> ApiError:
+    """Return a 404 for an unknown model or voice, listing the available ones."""
     return ApiError(
         404,
-        f"The {kind} {name[:100]!r} does not exist here. There is: {', '.join(known)}.",
+        f"{kind.capitalize()} not found: {name[:100]!r}. Available: {', '.join(known)}.",
         code=f"{kind}_not_found",
         param=kind,
     )
 
 
-class Cancelled(Exception):  # noqa: N818 - an answer, not a fault
-    """The caller has left or the deadline has passed; the work is to be dropped."""
+class Cancelled(Exception):  # noqa: N818 - control flow, not a failure
+    """The client has disconnected or the deadline has passed: stop working on the request."""
 
 
-class InvalidRequest(ValueError):  # noqa: N818 - the name says what it is to its reader
-    """A model's way of refusing a request: answered as 400 with this message."""
+class InvalidRequest(ValueError):  # noqa: N818 - named for the model's author
+    """Raised by a model to reject a request: a 400 with this message."""
 
 
-class ModelFailed(Exception):  # noqa: N818 - says who failed
-    """The model raised what it should not have. ``trace`` is for the log, never for a caller."""
+class ModelFailed(Exception):  # noqa: N818 - says what failed
+    """The model raised an unexpected error. ``trace`` is for the log, never for a caller."""
 
     def __init__(self, kind: str, trace: str, sticky: bool) -> None:
         super().__init__(kind)
@@ -94,8 +94,8 @@ class ModelFailed(Exception):  # noqa: N818 - says who failed
         self.sticky = sticky
 
 
-def reduced(error: BaseException) -> Exception:
-    """The same error without its frames, which would keep the request's tensors alive."""
+def without_frames(error: BaseException) -> Exception:
+    """Return the error without its frames, which would keep the request's tensors alive."""
     if isinstance(error, InvalidRequest | ApiError | Cancelled):
         return error.with_traceback(None)
     trace = "".join(traceback.format_exception(error))

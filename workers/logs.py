@@ -15,11 +15,12 @@ from typing import Any
 log = logging.getLogger("gpufarm.worker")
 
 _PLAIN = re.compile(r"[^\s\"=]+")
-"""A value that text shows without quotes."""
+"""Values that the text format writes without quotes."""
 
 
 class _Formatter(logging.Formatter):
-    """UTC to the millisecond. A record may carry ``fields`` (a dict) and ``traceback`` (a text)."""
+    """Timestamps in UTC, to the millisecond. A record may carry ``fields`` (a dict) and
+    ``traceback`` (a str)."""
 
     converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
@@ -39,7 +40,7 @@ class _Formatter(logging.Formatter):
 
 
 class TextFormatter(_Formatter):
-    """The message stays on one line whatever it holds."""
+    """Puts the message on one line, whatever it contains."""
 
     def format(self, record: logging.LogRecord) -> str:
         lines = [line for line in record.getMessage().splitlines() if line.strip()]
@@ -52,7 +53,7 @@ class TextFormatter(_Formatter):
 
 
 class JsonFormatter(_Formatter):
-    """``time``, ``level``, ``process``, ``message``, the fields, and ``traceback`` if there is."""
+    """``time``, ``level``, ``process``, ``message``, the fields, and ``traceback`` if any."""
 
     def format(self, record: logging.LogRecord) -> str:
         body: dict[str, Any] = {
@@ -67,14 +68,15 @@ class JsonFormatter(_Formatter):
         return json.dumps(body, ensure_ascii=False, default=str)
 
 
-class _Expected(logging.Filter):
-    """uvicorn complains about answers that were cut on purpose; the request's own line tells."""
+class _ExpectedErrors(logging.Filter):
+    """Drops uvicorn's complaint about responses that were cut off on purpose: the access log has
+    the reason."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "without completing response" not in record.getMessage()
 
 
-_expected = _Expected()
+_expected_errors = _ExpectedErrors()
 
 
 def set_up(worker_id: str, log_format: str = "text") -> None:
@@ -88,5 +90,5 @@ def set_up(worker_id: str, log_format: str = "text") -> None:
     log.setLevel(logging.INFO)
     uvicorn = logging.getLogger("uvicorn.error")
     uvicorn.setLevel(logging.WARNING)
-    uvicorn.addFilter(_expected)
+    uvicorn.addFilter(_expected_errors)
     logging.captureWarnings(True)

@@ -1,7 +1,7 @@
-"""One worker process: reserve the port, load, warm up, listen, drain, end.
+"""One worker process: reserve the port, load, warm up, listen, drain, exit.
 
-Exit codes: 0 drained; 1 port taken, device lost, model stuck, or a start that failed and may yet
-succeed; 3 cannot load, and that will not change by itself; anything else is a crash.
+Exit codes: 0 drained; 1 port in use, device lost, model stuck, or a failed start that a restart may
+fix; 3 cannot load, and a restart cannot help; anything else is a crash.
 """
 
 from __future__ import annotations
@@ -28,35 +28,36 @@ from workers.model.spec import Spec, read_spec
 from workers.queueing.crash_guard import CrashGuard
 from workers.queueing.health import HealthReports
 from workers.queueing.queue import RequestQueue
-from workers.queueing.watchdog import watch
+from workers.queueing.watchdog import start_watchdog
 
 EXIT_FAILED = 1
 EXIT_CANNOT_LOAD = 3
 EXIT_INTERRUPTED = 130
 
-_CALL_PATIENCE = 2.0
-"""Seconds after the drain in which a call may end whose caller is gone."""
+_CALL_TIMEOUT = 2.0
+"""Seconds after the drain that a call without a client may still run."""
 
-_END_PATIENCE = 5.0
-"""Seconds in which a model's threads and exit handlers may end."""
+_EXIT_TIMEOUT = 5.0
+"""Seconds for the model's threads and exit handlers to finish."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code. Ends the process itself where a stuck thread would keep it."""
+    """Run the worker and return its exit code. Exits the process itself where a stuck thread would
+    keep it alive."""
     options = _options(arguments)
-    faulthandler.enable()  # a crash within a native library says where
+    faulthandler.enable()  # a crash in a native library leaves a traceback
     logs.set_up(options.id)
     try:
         return _serve(options)
     except LoadError as error:
         log.error("cannot load: %s", error)
-        return _end(EXIT_CANNOT_LOAD if error.permanent else EXIT_FAILED)
+        return _exit(EXIT_CANNOT_LOAD if error.permanent else EXIT_FAILED)
     except PortTaken as error:
         log.error("cannot listen: %s", error)
-        return _end(EXIT_FAILED)
+        return _exit(EXIT_FAILED)
     except KeyboardInterrupt:
         log.error("interrupted while loading")
-        return _end(EXIT_INTERRUPTED)
+        return _exit(EXIT_INTERRUPTED)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -73,7 +74,7 @@ def _load_and_listen(options: argparse.Namespace, spec: Spec, reserved: socket.s
     began = time.perf_counter()
     loaded = load(spec, options.device, device_thread)
     queue = RequestQueue(device_thread, spec.queue_size, CrashGuard(spec.cache_dir, options.id))
-    queue.on_ended = HealthReports(queue, loaded).request_ended
+    queue.on_request_ended = HealthReports(queue, loaded).request_ended
     metrics = Metrics(options.id, spec.name, queue)
     for phase, seconds in loaded.startup_seconds.items():
         metrics.started(phase, seconds)
@@ -82,26 +83,30 @@ def _load_and_listen(options: argparse.Namespace, spec: Spec, reserved: socket.s
     log.info(
         "loaded %s device=%s seconds=%.2f", spec.target, options.device, time.perf_counter() - began
     )
-    watch(queue, spec.request_timeout)
+    start_watchdog(queue, spec.request_timeout)
     Server(build_app(worker), worker).listen(reserved)
-    return _drained(queue)
+    return _finish(queue)
 
 
-def _drained(queue: RequestQueue) -> int:
-    """Every caller has been answered. A call that nobody waits for any more gets a moment."""
-    deadline = time.monotonic() + _CALL_PATIENCE
+def _finish(queue: RequestQueue) -> int:
+    """Finish after the drain: every request has its response, but a call whose client has
+    disconnected may still run for a moment."""
+    deadline = time.monotonic() + _CALL_TIMEOUT
     while queue.running and time.monotonic() < deadline:
         time.sleep(0.02)
     log.info("drained served=%d", queue.completed)
     if queue.running:
-        log.warning("a call of the model goes on that nobody waits for; ending without it")
+        log.warning(
+            "a model call without a client is still running after %g s; exiting without it",
+            _CALL_TIMEOUT,
+        )
         os._exit(0)
-    return _end(0)
+    return _exit(0)
 
 
-def _end(code: int) -> int:
-    """Let the interpreter end, but not wait for ever for what a model left behind."""
-    guard = threading.Timer(_END_PATIENCE, os._exit, (code,))
+def _exit(code: int) -> int:
+    """Return the exit code, and force the exit if the model's threads block it."""
+    guard = threading.Timer(_EXIT_TIMEOUT, os._exit, (code,))
     guard.daemon = True
     guard.start()
     return code
@@ -111,9 +116,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -P -m workers", description="Serve one model on one device, one at a time."
     )
-    parser.add_argument("--spec", type=Path, required=True, help="JSON file: what to serve")
-    parser.add_argument("--id", required=True, help="name of this worker, as w1")
-    parser.add_argument("--port", type=int, required=True, help="TCP port; 0 takes a free one")
+    parser.add_argument(
+        "--spec", type=Path, required=True, help="JSON file with the model and its limits"
+    )
+    parser.add_argument("--id", required=True, help="name of this worker, such as w1")
+    parser.add_argument("--port", type=int, required=True, help="TCP port; 0 picks a free one")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--device", default="cpu", help="what setup() gets: cuda:0 or cpu")
+    parser.add_argument("--device", default="cpu", help="device passed to setup(): cuda:0 or cpu")
     return parser.parse_args(arguments)

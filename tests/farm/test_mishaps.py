@@ -173,7 +173,7 @@ def test_a_model_that_never_comes_back_is_replaced() -> None:
         assert stuck.status_code == 504
         until(lambda: len(set(farm.pids().values()) - set(before.values())) == 1, "a successor")
         farm.wait_for(w1="ready", w2="ready")
-        assert "a call of the model has not come back" in farm.run("logs").stdout
+        assert "a call of the model has not returned" in farm.run("logs").stdout
         assert httpx.post(f"{farm.url}/predict", json={}, timeout=20).status_code == 200
 
 

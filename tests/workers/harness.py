@@ -18,13 +18,13 @@ import httpx
 
 from tests.repository import REPOSITORY
 
-PATIENCE = 90.0
-"""Seconds that anything may take on a busy machine before a test gives up."""
+TIMEOUT = 90.0
+"""Seconds to wait for anything on a busy machine before a test fails."""
 
 
 def eventually(condition: Callable[[], Any], what: str) -> Any:
-    """The first true value of ``condition``."""
-    deadline = time.monotonic() + PATIENCE
+    """Wait for the first true value of ``condition`` and return it."""
+    deadline = time.monotonic() + TIMEOUT
     while True:
         value = condition()
         if value:
@@ -70,7 +70,7 @@ class WorkerProcess:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.url = ""
-        self.client = httpx.Client(timeout=PATIENCE, trust_env=False)
+        self.client = httpx.Client(timeout=TIMEOUT, trust_env=False)
 
     def __enter__(self) -> Self:
         try:
@@ -86,8 +86,8 @@ class WorkerProcess:
         self.client.close()
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
+        self.process.wait(TIMEOUT)
+        self._reader.join(TIMEOUT)
         assert self.process.stderr is not None
         self.process.stderr.close()
 
@@ -96,9 +96,9 @@ class WorkerProcess:
         return "\n".join(self.lines)
 
     def wait(self) -> int:
-        """The exit code, with the log complete."""
-        code = self.process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
+        """Wait for the exit code and the complete log."""
+        code = self.process.wait(TIMEOUT)
+        self._reader.join(TIMEOUT)
         return code
 
     def terminate(self) -> None:
@@ -111,18 +111,18 @@ class WorkerProcess:
         report: dict[str, Any] = self.client.get("/health").json()
         return report
 
-    def standing(self) -> tuple[int, int]:
-        """Requests that run, and that wait."""
+    def running_and_waiting(self) -> tuple[int, int]:
+        """The numbers of running and of waiting requests."""
         report = self.health()
         return report["running"], report["waiting"]
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of a series; 0 where it does not exist yet."""
-        for queue in self.client.get("/metrics").text.splitlines():
-            if queue.startswith(f"{name}{{") and all(
-                f'{key}="{value}"' in queue for key, value in labels.items()
+        """Return the value of a series; 0 where it does not exist yet."""
+        for line in self.client.get("/metrics").text.splitlines():
+            if line.startswith(f"{name}{{") and all(
+                f'{key}="{value}"' in line for key, value in labels.items()
             ):
-                return float(queue.rsplit(" ", 1)[1])
+                return float(line.rsplit(" ", 1)[1])
         return 0.0
 
     def _ready(self) -> re.Match[str] | None:
@@ -131,5 +131,5 @@ class WorkerProcess:
 
     def _read(self) -> None:
         assert self.process.stderr is not None
-        for queue in self.process.stderr:
-            self.lines.append(queue.rstrip("\n"))
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))

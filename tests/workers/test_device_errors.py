@@ -1,4 +1,4 @@
-"""Which errors cost the process its device, and which mean that memory ran out."""
+"""Classification of errors: device lost, or out of memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import resource
 import numpy as np
 import pytest
 
-from workers.device_errors import is_exhausted, is_sticky
+from workers.device_errors import is_out_of_memory, is_sticky
 
 torch = pytest.importorskip("torch")
 
@@ -49,9 +49,9 @@ def accelerator(message: str, code: int | None = None) -> Exception:
     ],
     ids=str,
 )
-def test_a_lost_context_is_sticky(error: Exception) -> None:
+def test_lost_context_is_sticky(error: Exception) -> None:
     assert is_sticky(error)
-    assert not is_exhausted(error)
+    assert not is_out_of_memory(error)
     wrapped = ValueError("decoding failed")
     wrapped.__cause__ = error
     assert is_sticky(wrapped)
@@ -73,7 +73,7 @@ def test_a_lost_context_is_sticky(error: Exception) -> None:
     ],
     ids=str,
 )
-def test_a_refused_call_is_not_sticky(error: Exception) -> None:
+def test_rejected_call_is_not_sticky(error: Exception) -> None:
     assert not is_sticky(error)
 
 
@@ -99,12 +99,12 @@ def test_a_refused_call_is_not_sticky(error: Exception) -> None:
     ],
     ids=lambda error: f"{type(error).__name__}: {error}"[:60],
 )
-def test_memory_that_ran_out_is_known_and_is_not_sticky(error: BaseException) -> None:
-    assert is_exhausted(error)
+def test_out_of_memory_is_recognised_and_not_sticky(error: BaseException) -> None:
+    assert is_out_of_memory(error)
     assert not is_sticky(error)
     wrapped = ValueError("loading failed")
     wrapped.__cause__ = error
-    assert is_exhausted(wrapped)
+    assert is_out_of_memory(wrapped)
 
 
 @pytest.mark.parametrize(
@@ -116,18 +116,18 @@ def test_memory_that_ran_out_is_known_and_is_not_sticky(error: BaseException) ->
         OSError(errno.ENOENT, "No such file"),
     ],
 )
-def test_other_errors_do_not_say_that_memory_ran_out(error: Exception) -> None:
-    assert not is_exhausted(error)
+def test_other_errors_are_not_out_of_memory(error: Exception) -> None:
+    assert not is_out_of_memory(error)
 
 
-def test_torch_on_a_cpu_that_has_no_memory_left() -> None:
+def test_torch_out_of_memory_on_a_cpu() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**50)
-    assert is_exhausted(raised.value)
+    assert is_out_of_memory(raised.value)
 
 
 @pytest.mark.parametrize("arena", [True, False])
-def test_onnxruntime_that_has_no_memory_left(arena: bool) -> None:
+def test_onnxruntime_out_of_memory(arena: bool) -> None:
     """What it really raises, in a process of its own with a bounded address space."""
     pytest.importorskip("onnxruntime")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -160,12 +160,12 @@ def _allocates_too_much(arena: bool) -> tuple[str, bool]:
     try:
         session.run(None, {"x": np.zeros(1, np.float32), "shape": np.array([2**36])})
     except Exception as error:
-        return str(error), is_exhausted(error)
+        return str(error), is_out_of_memory(error)
     return "it had the memory", False
 
 
-def test_a_ring_of_causes_ends() -> None:
+def test_cyclic_causes_terminate() -> None:
     first, second = ValueError("a"), ValueError("b")
     first.__cause__, second.__cause__ = second, first
     assert not is_sticky(first)
-    assert not is_exhausted(first)
+    assert not is_out_of_memory(first)

@@ -1,4 +1,4 @@
-"""A worker's log: text with a traceback on lines of its own, or JSON with it in a field."""
+"""Log formats: text with a traceback on separate lines, or JSON with it in a field."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def failed() -> Any:
         return sys.exc_info()
 
 
-def test_text_keeps_the_message_on_one_line_and_the_traceback_on_several() -> None:
+def test_text_format_puts_the_message_on_one_line_and_the_traceback_below() -> None:
     lines = TextFormatter("w1").format(record("one\n\ntwo", exc=failed())).splitlines()
     assert re.fullmatch(rf"{TIME} ERROR w1 one \| two", lines[0])
     assert lines[1] == "Traceback (most recent call last):"
     assert lines[-2:] == ["ValueError: two", "lines"]
 
 
-def test_fields_are_quoted_where_they_must_be() -> None:
+def test_fields_are_quoted_where_necessary() -> None:
     fields = {"id": "a-1", "path": '/a b"\n', "status": None, "queue_ms": 0.25, "empty": ""}
     line = TextFormatter("100%s").format(record("request", fields=fields))
     assert line.endswith(
@@ -46,7 +46,7 @@ def test_fields_are_quoted_where_they_must_be() -> None:
     assert "\n" not in line
 
 
-def test_json_is_one_object_a_line() -> None:
+def test_json_format_writes_one_object_per_line() -> None:
     text = JsonFormatter("w1").format(
         record("the\nmodel failed", fields={"id": "é", "time": "0"}, traceback="T\n  at x\n\nE: y")
     )
@@ -75,7 +75,7 @@ class JsonWorker(WorkerProcess):
         return [body for line in self.lines if (body := json.loads(line))["message"] == message]
 
 
-def test_a_worker_that_logs_json(tmp_path: Path) -> None:
+def test_worker_logs_json(tmp_path: Path) -> None:
     spec = {"log_format": "json"}
     with JsonWorker(tmp_path, "tests.workers.models.plain:Faulty", spec=spec) as worker:
         answer = worker.predict({"kind": "value"})
@@ -88,17 +88,17 @@ def test_a_worker_that_logs_json(tmp_path: Path) -> None:
     assert failure["id"] == identity
     assert failure["traceback"].startswith("Traceback (most recent call last):\n")
     assert failure["traceback"].splitlines()[-1].startswith("ValueError")
-    told = ("id", "method", "path", "status", "level", "process")
-    assert [request[key] for key in told] == [identity, "POST", "/predict", 500, "INFO", "w1"]
+    keys = ("id", "method", "path", "status", "level", "process")
+    assert [request[key] for key in keys] == [identity, "POST", "/predict", 500, "INFO", "w1"]
     assert request["total_ms"] >= request["inference_ms"] > 0
     assert [json.loads(line)["process"] for line in worker.lines] == ["w1"] * len(worker.lines)
 
 
 @pytest.mark.parametrize("value", ["xml", 3, None])
-def test_an_unknown_format_ends_the_start(tmp_path: Path, value: Any) -> None:
+def test_unknown_log_format_fails_the_start(tmp_path: Path, value: Any) -> None:
     worker = WorkerProcess(tmp_path, "tests.workers.models.plain:Echo", spec={"log_format": value})
     try:
         assert worker.wait() == 3
-        assert 'it must be "text" or "json"' in worker.log
+        assert 'log_format must be "text" or "json"' in worker.log
     finally:
         worker.__exit__()

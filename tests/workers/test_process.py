@@ -1,4 +1,4 @@
-"""The life of a worker process: it loads or says why not, serves, drains, ends."""
+"""The lifecycle of a worker process: load, or fail with a message; serve, drain, exit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.repository import REPOSITORY
-from tests.workers.harness import PATIENCE, WorkerProcess, eventually
+from tests.workers.harness import TIMEOUT, WorkerProcess, eventually
 
 FAULTY = "tests.workers.models.faulty_start"
 
@@ -21,15 +21,15 @@ FAULTY = "tests.workers.models.faulty_start"
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("no_such_module:Model", "there is no module no_such_module"),
+        ("no_such_module:Model", "no module named no_such_module"),
         ("tests.workers.models.broken_import:M", "needs the module a_module_that_does"),
         ("tests.workers.models.plain:Ecko", "did you mean Echo?"),
         (f"{FAULTY}:Arguments", "missing a required argument: 'size'"),
         (f"{FAULTY}:NoPredict", "neither predict(request) nor speak(request)"),
-        (f"{FAULTY}:NoVoices", "voices is []"),
+        (f"{FAULTY}:NoVoices", "got []"),
     ],
 )
-def test_what_cannot_change_by_itself_ends_with_3_and_one_line(
+def test_permanent_load_error_exits_with_3_and_one_line(
     tmp_path: Path, target: str, words: str
 ) -> None:
     assert_ends(tmp_path, target, 3, words)
@@ -41,12 +41,12 @@ def test_what_cannot_change_by_itself_ends_with_3_and_one_line(
         (f"{FAULTY}:ConstructorFails", "the hub does not answer"),
         (f"{FAULTY}:SetupFails", "weights.safetensors is missing second line"),
         (f"{FAULTY}:WarmUpFails", "no kernel image"),
-        (f"{FAULTY}:HealthFails", "gave a list"),
+        (f"{FAULTY}:HealthFails", "must return a dict, got list"),
         (f"{FAULTY}:Exits", "SystemExit"),
         (f"{FAULTY}:OutOfMemory", "Tried to allocate 2.00 GiB"),
     ],
 )
-def test_what_may_succeed_later_ends_with_1_and_one_line(
+def test_transient_load_error_exits_with_1_and_one_line(
     tmp_path: Path, target: str, words: str
 ) -> None:
     assert_ends(tmp_path, target, 1, words)
@@ -91,9 +91,9 @@ def assert_ends(
     worker = WorkerProcess(folder, target, environment=environment)
     try:
         assert worker.wait() == code
-        (queue,) = worker.lines
-        assert "cannot load" in queue
-        assert words in queue
+        (line,) = worker.lines
+        assert "cannot load" in line
+        assert words in line
     finally:
         worker.__exit__()
 
@@ -107,7 +107,7 @@ def assert_ends(
         ("raise ImportError('libx.so: failed to map segment from shared object')", 1),
     ],
 )
-def test_a_module_that_is_wrong_ends_with_3_and_one_that_was_unlucky_with_1(
+def test_import_error_exits_with_3_if_permanent_and_1_if_transient(
     tmp_path: Path, raises: str, code: int
 ) -> None:
     (tmp_path / "wrong_module.py").write_text(raises + "\n")
@@ -119,11 +119,11 @@ def test_a_module_that_is_wrong_ends_with_3_and_one_that_was_unlucky_with_1(
         worker.__exit__()
 
 
-def test_a_wrong_spec_ends_with_3(tmp_path: Path) -> None:
-    worker = WorkerProcess(tmp_path, "tests.workers.models.plain:Echo", spec={"lime": 3})
+def test_invalid_spec_exits_with_3(tmp_path: Path) -> None:
+    worker = WorkerProcess(tmp_path, "tests.workers.models.plain:Echo", spec={"queue_sizes": 3})
     try:
         assert worker.wait() == 3
-        assert 'unknown key "lime"' in worker.log
+        assert 'unknown key "queue_sizes"' in worker.log
         assert 'did you mean "queue_size"?' in worker.log
     finally:
         worker.__exit__()
@@ -138,7 +138,7 @@ def bound(*, shared: bool) -> socket.socket:
     return holder
 
 
-def test_a_server_that_began_while_the_model_was_loading_keeps_its_port(tmp_path: Path) -> None:
+def test_server_started_during_the_load_keeps_its_port(tmp_path: Path) -> None:
     with bound(shared=True) as other:
         port = other.getsockname()[1]
         worker = WorkerProcess(
@@ -155,7 +155,7 @@ def test_a_server_that_began_while_the_model_was_loading_keeps_its_port(tmp_path
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path, shared: bool) -> None:
+def test_port_in_use_is_reported_before_loading(tmp_path: Path, shared: bool) -> None:
     with bound(shared=shared) as other:
         other.listen()
         port = other.getsockname()[1]
@@ -168,21 +168,21 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path, shared:
             worker.__exit__()
 
 
-def test_a_port_that_is_held_for_the_worker_is_served(tmp_path: Path) -> None:
+def test_worker_shares_a_reserved_port(tmp_path: Path) -> None:
     """The controller holds a slot's port, bound with SO_REUSEPORT, and never listens."""
     with bound(shared=True) as holder:
         port = holder.getsockname()[1]
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", port), PATIENCE)
+            socket.create_connection(("127.0.0.1", port), TIMEOUT)
         with WorkerProcess(tmp_path, "tests.workers.models.plain:Echo", port=port) as worker:
             for number in range(20):  # on a connection of its own each: none may go to the holder
-                answer = httpx.post(f"{worker.url}/predict", json=number, timeout=PATIENCE)
+                answer = httpx.post(f"{worker.url}/predict", json=number, timeout=TIMEOUT)
                 assert answer.json() == {"echo": number}
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", port), PATIENCE)
+            socket.create_connection(("127.0.0.1", port), TIMEOUT)
 
 
-def test_a_port_that_is_bound_by_another_that_does_not_share_it_is_taken(tmp_path: Path) -> None:
+def test_port_bound_without_reuseport_is_in_use(tmp_path: Path) -> None:
     with bound(shared=False) as other:
         port = other.getsockname()[1]
         worker = WorkerProcess(tmp_path, "tests.workers.models.plain:Echo", port=port)
@@ -193,7 +193,7 @@ def test_a_port_that_is_bound_by_another_that_does_not_share_it_is_taken(tmp_pat
             worker.__exit__()
 
 
-def test_the_port_refuses_until_the_model_is_warm(tmp_path: Path) -> None:
+def test_port_refuses_connections_until_the_model_is_warm(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -212,7 +212,7 @@ def test_the_port_refuses_until_the_model_is_warm(tmp_path: Path) -> None:
         worker.__exit__()
 
 
-def test_sigterm_while_idle_ends_with_0(tmp_path: Path) -> None:
+def test_sigterm_while_idle_exits_with_0(tmp_path: Path) -> None:
     with WorkerProcess(tmp_path, "tests.workers.models.plain:Echo") as worker:
         worker.predict(1)
         worker.terminate()
@@ -221,7 +221,7 @@ def test_sigterm_while_idle_ends_with_0(tmp_path: Path) -> None:
         assert "drained served=1" in worker.log
 
 
-def test_a_drain_finishes_what_runs_and_what_waits(tmp_path: Path) -> None:
+def test_drain_finishes_running_and_waiting_requests(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     with (
         WorkerProcess(tmp_path, "tests.workers.models.plain:Slow") as worker,
@@ -232,11 +232,13 @@ def test_a_drain_finishes_what_runs_and_what_waits(tmp_path: Path) -> None:
                 httpx.post,
                 f"{worker.url}/predict",
                 json={"name": number, "until": str(gate)},
-                timeout=PATIENCE,
+                timeout=TIMEOUT,
             )
             for number in range(5)
         ]
-        eventually(lambda: worker.standing() == (1, 4), "one that runs and four that wait")
+        eventually(
+            lambda: worker.running_and_waiting() == (1, 4), "one that runs and four that wait"
+        )
         worker.terminate()
         eventually(lambda: "draining running=1 waiting=4" in worker.log, "the drain")
         with pytest.raises((httpx.ConnectError, httpx.ReadError)):
@@ -247,7 +249,7 @@ def test_a_drain_finishes_what_runs_and_what_waits(tmp_path: Path) -> None:
         assert worker.wait() == 0
 
 
-def test_nothing_is_lost_when_a_drain_comes_under_load(tmp_path: Path) -> None:
+def test_drain_under_load_loses_no_request(tmp_path: Path) -> None:
     """Callers that open a connection each: those that were let in are answered."""
     with WorkerProcess(
         tmp_path, "tests.workers.models.plain:Slow", spec={"queue_size": 64}
@@ -258,7 +260,7 @@ def test_nothing_is_lost_when_a_drain_comes_under_load(tmp_path: Path) -> None:
             while True:
                 try:
                     answer = httpx.post(
-                        f"{worker.url}/predict", json={"seconds": 0.005}, timeout=PATIENCE
+                        f"{worker.url}/predict", json={"seconds": 0.005}, timeout=TIMEOUT
                     )
                 except (httpx.ConnectError, httpx.ReadError):
                     # refused, or accepted by the kernel but never by the worker: both are
@@ -270,13 +272,13 @@ def test_nothing_is_lost_when_a_drain_comes_under_load(tmp_path: Path) -> None:
             results = [callers.submit(calls) for _ in range(4)]
             eventually(lambda: worker.health()["served"] > 20, "some traffic")
             worker.terminate()
-            answered = [code for result in results for code in result.result(PATIENCE)]
+            answered = [code for result in results for code in result.result(TIMEOUT)]
         assert worker.wait() == 0
         assert set(answered) == {200}
         assert len(answered) >= 20
 
 
-def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+def test_second_signal_exits_at_once(tmp_path: Path) -> None:
     with (
         WorkerProcess(tmp_path, "tests.workers.models.plain:Slow") as worker,
         concurrent.futures.ThreadPoolExecutor(1) as callers,
@@ -285,18 +287,18 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
             httpx.post,
             f"{worker.url}/predict",
             json={"until": str(tmp_path / "never")},
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
         )
-        eventually(lambda: worker.standing() == (1, 0), "the request")
+        eventually(lambda: worker.running_and_waiting() == (1, 0), "the request")
         worker.terminate()
         eventually(lambda: "draining" in worker.log, "the drain")
         worker.terminate()
         assert worker.wait() == 128 + 15
         with pytest.raises(httpx.TransportError):
-            answer.result(PATIENCE)
+            answer.result(TIMEOUT)
 
 
-def test_a_call_that_never_ends_does_not_hold_up_the_drain(tmp_path: Path) -> None:
+def test_hanging_call_does_not_block_the_drain(tmp_path: Path) -> None:
     with WorkerProcess(
         tmp_path, "tests.workers.models.plain:Slow", spec={"request_timeout": 0.2}
     ) as worker:
@@ -306,7 +308,7 @@ def test_a_call_that_never_ends_does_not_hold_up_the_drain(tmp_path: Path) -> No
         assert worker.wait() == 0
 
 
-def test_a_lost_device_ends_the_process_with_1_after_the_answer(tmp_path: Path) -> None:
+def test_lost_device_exits_with_1_after_the_response(tmp_path: Path) -> None:
     with WorkerProcess(tmp_path, "tests.workers.models.plain:Faulty") as worker:
         assert worker.predict({"kind": "memory"}).status_code == 500
         assert worker.predict({"kind": "fine"}).text == "fine"
@@ -316,7 +318,7 @@ def test_a_lost_device_ends_the_process_with_1_after_the_answer(tmp_path: Path) 
         assert "the device is lost" in worker.log
 
 
-def test_who_waits_for_a_lost_device_gets_no_answer_and_may_ask_another(tmp_path: Path) -> None:
+def test_waiting_requests_of_a_lost_device_get_no_response(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     with (
         WorkerProcess(tmp_path, "tests.workers.models.plain:Slow") as worker,
@@ -324,10 +326,10 @@ def test_who_waits_for_a_lost_device_gets_no_answer_and_may_ask_another(tmp_path
     ):
         bodies: list[dict[str, object]] = [{"until": str(gate), "sticky": True}, {"name": "other"}]
         answers = []
-        for standing, body in zip([(1, 0), (1, 1)], bodies, strict=True):
+        for running_and_waiting, body in zip([(1, 0), (1, 1)], bodies, strict=True):
             url = f"{worker.url}/predict"
-            answers.append(callers.submit(httpx.post, url, json=body, timeout=PATIENCE))
-            while worker.standing() != standing:
+            answers.append(callers.submit(httpx.post, url, json=body, timeout=TIMEOUT))
+            while worker.running_and_waiting() != running_and_waiting:
                 assert worker.process.poll() is None
         gate.touch()
         assert answers[0].result().status_code == 500

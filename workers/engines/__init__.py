@@ -1,1 +1,1 @@
-"""How a network is run: CUDA graphs for torch, a provider chain for ONNX Runtime."""
+"""Engines that run a network: CUDA graphs for torch, a provider chain for ONNX Runtime."""

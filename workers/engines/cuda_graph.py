@@ -1,6 +1,6 @@
-"""One step of a batch-1 network, captured in CUDA graphs and replayed; on a CPU the same step runs.
+"""Capture one step of a batch-1 network in CUDA graphs and replay it; a CPU runs the step eagerly.
 
-A captured graph reads and writes fixed addresses, so everything that changes between steps lies in
+A captured graph reads and writes fixed addresses, so everything that changes between steps is in
 static buffers that the step's owner keeps, and nothing in the step may wait for the device.
 A graph and its buffers serve one request at a time, on the thread that captured them.
 """
@@ -33,20 +33,22 @@ class GraphEngine:
 
     @property
     def kind(self) -> str:
-        """``cuda-graph`` or ``eager``: what really runs."""
+        """``cuda-graph`` or ``eager``: what actually runs."""
         return "cuda-graph" if self._graphs else "eager"
 
     def bucket(self, position: int) -> int:
-        """The bucket for a 0-based position; raises ValueError past the last one."""
+        """Return the bucket for a 0-based position. Raises ValueError past the last one."""
         for size in self.buckets:
             if position < size:
                 return size
-        raise ValueError(f"position {position} is past the longest bucket, {self.buckets[-1]}")
+        raise ValueError(
+            f"position must be less than the longest bucket, {self.buckets[-1]}, got {position}"
+        )
 
     def warm_up(self, rounds: int = 3) -> None:
-        """Run every bucket eagerly: kernels get loaded, workspaces allocated.
+        """Run every bucket eagerly, which loads kernels and allocates workspaces.
 
-        On CUDA this happens on a side stream, as capturing demands.
+        On CUDA this happens on a side stream, as the capture requires.
         """
         if self.device.type != "cuda":
             for size in self.buckets:
@@ -76,7 +78,7 @@ class GraphEngine:
         torch.cuda.synchronize(self.device)
 
     def run(self, position: int) -> None:
-        """One step at ``position``, without waiting for the device."""
+        """Run one step at ``position``, without waiting for the device."""
         size = self.bucket(position)
         graph = self._graphs.get(size)
         if graph is None:
@@ -87,7 +89,7 @@ class GraphEngine:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """An older engine's graphs, destroyed by the collector amid a capture, would make it fail."""
+    """Disable garbage collection: destroying an older engine's graphs would break a capture."""
     gc.collect()
     was_on = gc.isenabled()
     gc.disable()

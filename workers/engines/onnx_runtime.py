@@ -1,8 +1,8 @@
-"""ONNX Runtime with a provider chain of our own: TensorRT, then CUDA, then the CPU.
+"""Run ONNX graphs with an explicit provider chain: TensorRT, then CUDA, then the CPU.
 
-ONNX Runtime falls back to the CPU without a word, and ``get_providers()`` lists what is registered,
-not where nodes run. So every attempt registers one provider and those below it, with explicit
-options, and what each took is read back node by node (``placement.py``).
+ONNX Runtime falls back to the CPU silently, and ``get_providers()`` lists what is registered, not
+where nodes run. So every attempt registers one provider and those below it, with explicit options,
+and reads back node by node what each one runs (``placement.py``).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Its builds tell their maker of every session, from the moment they are imported, unless this is
-# set; disable_telemetry_events() comes too late for the first of them.
+# Its builds send telemetry about every session, from their import on, unless this is set;
+# disable_telemetry_events() comes too late for the first one.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
-from workers.engines.placement import Node, counts, excess_on_cpu, refusal
+from workers.engines.placement import Node, counts, excess_on_cpu, rejection
 
 log = logging.getLogger(__name__)
 
@@ -39,25 +39,25 @@ REQUIREMENTS = ("any", "gpu", *PROVIDERS)
 """``gpu`` is TensorRT or CUDA."""
 
 _MAX_REPORTED = 20
-"""Nodes on the CPU that a health report names."""
+"""Nodes on the CPU that a health report lists."""
 
 
 class ProviderError(RuntimeError):
-    """No provider that was asked for took the graph; the message says why, one by one."""
+    """No requested provider can run the graph; the message has the reason for each."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Shapes of one input for TensorRT: the smallest, the usual and the largest."""
+    """Shapes of one input, as TensorRT names them: the smallest, the usual and the largest."""
 
-    smallest: tuple[int, ...]
-    usual: tuple[int, ...]
-    largest: tuple[int, ...]
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a graph is to be run."""
+    """How to run a graph."""
 
     device: str = "cpu"
     """``cpu`` or ``cuda:N``."""
@@ -89,22 +89,22 @@ class OnnxEngine:
     """One loaded graph. Use it on one thread at a time."""
 
     def __init__(self, path: Path, options: Options) -> None:
-        """Raises ProviderError when the requirement is not met, or ValueError for a bad one."""
+        """Raises ProviderError where the requirement is not met, ValueError for an unknown one."""
         if options.requirement not in REQUIREMENTS:
             raise ValueError(
-                f'require = "{options.requirement}" is unknown: {", ".join(REQUIREMENTS)}'
+                f'require must be one of {", ".join(REQUIREMENTS)}, got "{options.requirement}"'
             )
         if not path.is_file():
-            raise ProviderError(f"{path}: there is no such graph")
+            raise ProviderError(f"graph not found: {path}; correct the path")
         self.options = options
-        self.refusals: list[str] = []
-        """Why each provider before the one in use was passed over."""
+        self.rejections: list[str] = []
+        """Why each provider before the one in use was rejected."""
         self.provider = ""
         self.assignment: dict[str, int] = {}
-        """How many nodes each provider runs, read back from the session; empty where this
-        version of ONNX Runtime does not report it."""
+        """How many nodes each provider runs, read back from the session; empty where this version
+        of ONNX Runtime does not report it."""
         self.on_cpu: list[str] = []
-        """Nodes that the CPU runs of a graph that a GPU runs."""
+        """Nodes that the CPU runs where a GPU provider is in use."""
         for name in _attempts(options):
             found = self._attempt(path, name)
             if found is not None:
@@ -112,23 +112,23 @@ class OnnxEngine:
                 self.provider = name
                 break
         else:
-            refusals = "; ".join(self.refusals)
+            rejections = "; ".join(self.rejections)
             raise ProviderError(
-                f'{path}: no provider meets require = "{options.requirement}": {refusals}. '
+                f'{path}: no provider meets require = "{options.requirement}": {rejections}. '
                 f"{_remedy(options)}"
             )
-        if self.refusals:
+        if self.rejections:
             log.warning(
                 "%s runs on %s after falling back: %s",
                 path.name,
                 self.provider,
-                "; ".join(self.refusals),
+                "; ".join(self.rejections),
             )
         self.inputs = [i.name for i in self._session.get_inputs()]
         self.outputs = [o.name for o in self._session.get_outputs()]
 
     def run(self, **inputs: NDArray[Any]) -> list[NDArray[Any]]:
-        """Named arrays in, arrays out; on a GPU by IO binding, one copy each way."""
+        """Run the graph on named arrays; on a GPU by IO binding, one copy each way."""
         binding = self._session.io_binding()
         on_gpu = self.provider != "cpu"
         for name, value in inputs.items():
@@ -148,23 +148,23 @@ class OnnxEngine:
         return outputs
 
     def health(self) -> dict[str, Any]:
-        """What is really in use, ready for JSON."""
+        """Return what is actually in use, JSON-ready."""
         found: dict[str, Any] = {"provider": self.provider, "nodes": self.assignment}
         if self.on_cpu:
             found["on_cpu"] = self.on_cpu[:_MAX_REPORTED]
-        if self.refusals:
-            found["fallback"] = self.refusals
+        if self.rejections:
+            found["fallback"] = self.rejections
         return found
 
     def _attempt(self, path: Path, name: str) -> Any | None:
-        """A session on ``name`` and what is below it; None, with a refusal, when that fails."""
+        """Open a session on ``name`` and those below it; None, and a rejection, on failure."""
         session = self._session_on(path, name)
         if session is None:
             return None
         nodes = _nodes(session)
-        reason = _unmet(name, nodes, self.options)
+        reason = _unmet_requirement(name, nodes, self.options)
         if reason is not None:
-            self.refusals.append(f"{name}: {reason}")
+            self.rejections.append(f"{name}: {reason}")
             return None
         self.assignment = counts(nodes)
         if name != "cpu":
@@ -177,9 +177,9 @@ class OnnxEngine:
         provider = PROVIDERS[name]
         available = onnxruntime.get_available_providers()
         if provider not in available:
-            self.refusals.append(f"{name}: this build of onnxruntime has no {provider}")
+            self.rejections.append(f"{name}: this build of onnxruntime has no {provider}")
             return None
-        chain = [below for below in _downwards(name) if PROVIDERS[below] in available]
+        chain = [below for below in _fallback_chain(name) if PROVIDERS[below] in available]
         for below in chain:
             _load_libraries(below)
         settings = onnxruntime.SessionOptions()
@@ -187,7 +187,7 @@ class OnnxEngine:
         settings.inter_op_num_threads = 1
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
-            with _locked(self.options.cache_dir if name == "tensorrt" else None):
+            with _build_lock(self.options.cache_dir if name == "tensorrt" else None):
                 session = onnxruntime.InferenceSession(
                     str(path),
                     settings,
@@ -197,23 +197,23 @@ class OnnxEngine:
                     ],
                     enable_fallback=0,
                 )
-        except Exception as error:  # whatever a provider's library raises means: next one
+        except Exception as error:  # whatever a provider's library raises, try the next one
             reason = " ".join(str(error).split())[:200]
-            self.refusals.append(f"{name}: {type(error).__name__}: {reason}")
+            self.rejections.append(f"{name}: {type(error).__name__}: {reason}")
             return None
         # A provider that failed to load is missing here, without an error.
         if provider not in session.get_providers():
-            self.refusals.append(f"{name}: its library did not load (see the log above)")
+            self.rejections.append(f"{name}: its library did not load (see the log above)")
             return None
         return session
 
 
 def _load_libraries(name: str) -> None:
-    """A provider's libraries as pip installs them lie where no loader looks; once loaded by their
-    own packages, they are found. Where they lie elsewhere, that is well too."""
+    """Load a provider's libraries, which pip installs where the loader does not search. Libraries
+    installed elsewhere need nothing."""
     if name == "cpu":
         return
-    if "torch" not in sys.modules:  # it brings the same ones, and has loaded them
+    if "torch" not in sys.modules:  # it has loaded the same ones
         onnxruntime.preload_dlls()
     if name == "tensorrt":
         with contextlib.suppress(ImportError, OSError):
@@ -222,21 +222,21 @@ def _load_libraries(name: str) -> None:
 
 def _remedy(options: Options) -> str:
     if "cpu" in _attempts(options):
-        return "A CPU takes any graph: is the file whole?"
+        return "A CPU runs any graph: check that the file is complete."
     return (
         "Install onnxruntime-gpu with its CUDA libraries, "
         'or set require = "any" to let it fall back'
     )
 
 
-def _downwards(name: str) -> Sequence[str]:
-    """The provider and all below it: what it does not take, the next one is offered."""
+def _fallback_chain(name: str) -> Sequence[str]:
+    """The provider and all below it, which get the nodes that it does not support."""
     names = list(PROVIDERS)
     return names[names.index(name) :]
 
 
-def _unmet(name: str, nodes: Sequence[Node], options: Options) -> str | None:
-    """Why a session on ``name`` that placed its nodes so is not what ``options`` ask for."""
+def _unmet_requirement(name: str, nodes: Sequence[Node], options: Options) -> str | None:
+    """Return why a session on ``name`` with these nodes does not meet ``options``, else None."""
     gpu_required = options.requirement not in ("any", "cpu")
     if not nodes:
         if not gpu_required:
@@ -245,11 +245,11 @@ def _unmet(name: str, nodes: Sequence[Node], options: Options) -> str | None:
             f"onnxruntime {onnxruntime.__version__} does not report where nodes run, so a "
             "required GPU cannot be verified; install a newer one"
         )
-    return refusal(name, nodes) or (excess_on_cpu(nodes) if gpu_required else None)
+    return rejection(name, nodes) or (excess_on_cpu(nodes) if gpu_required else None)
 
 
 def _attempts(options: Options) -> Sequence[str]:
-    """Which providers are tried, in order."""
+    """The providers to try, in order."""
     required = options.requirement
     if required in PROVIDERS:
         return [required]
@@ -264,8 +264,8 @@ def _provider_options(name: str, options: Options) -> dict[str, str]:
         return chosen
     chosen["device_id"] = str(options.index)
     if name == "cuda":
-        # The arena grows by what is asked for, not to the next power of two: the footprint that
-        # was measured is then the footprint.
+        # The arena grows by the requested size, not to the next power of two, so that the measured
+        # footprint holds.
         chosen["arena_extend_strategy"] = "kSameAsRequested"
         chosen["cudnn_conv_algo_search"] = "HEURISTIC"
         chosen["use_tf32"] = "0"
@@ -277,9 +277,8 @@ def _provider_options(name: str, options: Options) -> dict[str, str]:
         for key in ("trt_engine_cache", "trt_timing_cache"):
             chosen[f"{key}_enable"] = "1"
             chosen[f"{key}_path"] = str(options.cache_dir)
-    for key in ("smallest", "usual", "largest") if options.profiles else ():
-        word = {"smallest": "min", "usual": "opt", "largest": "max"}[key]
-        chosen[f"trt_profile_{word}_shapes"] = ",".join(
+    for key in ("min", "opt", "max") if options.profiles else ():
+        chosen[f"trt_profile_{key}_shapes"] = ",".join(
             f"{tensor}:{'x'.join(map(str, getattr(profile, key)))}"
             for tensor, profile in options.profiles.items()
         )
@@ -287,8 +286,8 @@ def _provider_options(name: str, options: Options) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path | None) -> Iterator[None]:
-    """One engine build at a time: concurrent ones have raced and crashed in the field."""
+def _build_lock(folder: Path | None) -> Iterator[None]:
+    """Allow one engine build at a time: concurrent ones race and crash."""
     if folder is None:
         yield
         return
@@ -299,7 +298,7 @@ def _locked(folder: Path | None) -> Iterator[None]:
 
 
 def _nodes(session: Any) -> list[Node]:
-    """Where every node runs; empty where this version of ONNX Runtime does not report it."""
+    """Return where every node runs; empty where this version of ONNX Runtime does not report it."""
     read = getattr(session, "get_provider_graph_assignment_info", None)
     if read is None:
         return []

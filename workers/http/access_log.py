@@ -9,8 +9,8 @@ from workers.http.context import RequestContext
 from workers.logs import log
 
 
-def request_line(context: RequestContext) -> None:
-    """The one record that every request for the model leaves."""
+def log_request(context: RequestContext) -> None:
+    """Log one record for a finished request."""
     if not log.isEnabledFor(logging.INFO):
         return
     job = context.job
@@ -18,7 +18,7 @@ def request_line(context: RequestContext) -> None:
         "id": context.id,
         "method": context.method,
         "path": context.path,
-        "status": 499 if context.left else context.status,
+        "status": 499 if context.disconnected else context.status,
         "queue_ms": round(1000 * job.queue_seconds if job else 0.0, 2),
         "inference_ms": round(1000 * job.service_seconds if job else 0.0, 2),
         "total_ms": round(1000 * context.seconds, 2),

@@ -40,44 +40,46 @@ def build_app(worker: WorkerState) -> ASGIApp:
         )
         routes.append(Route("/v1/audio/voices", status.voices))
     known = [route.path for route in routes if "{" not in route.path]
-    known.remove("/longest_request")  # not for the public
+    known.remove("/longest_request")  # internal
 
-    async def refused(request: Request, error: Exception) -> Response:
+    async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return _response(_explained(request, error, known))
+        return _response(_routing_error(request, error, known))
 
     app = Starlette(
         routes=routes,
-        exception_handlers={HTTPException: refused, ApiError: _answered, Exception: _broken},
+        exception_handlers={
+            HTTPException: http_error,
+            ApiError: _api_error,
+            Exception: _internal_error,
+        },
     )
     app.router.redirect_slashes = False
     return ContextMiddleware(app, worker)
 
 
-def _explained(request: Request, error: HTTPException, known: list[str]) -> ApiError:
+def _routing_error(request: Request, error: HTTPException, known: list[str]) -> ApiError:
     path = request.url.path[:200]
     if error.status_code == 404:
-        return ApiError(
-            404, f"There is no {path} here. There is: {', '.join(known)}.", code="not_found"
-        )
+        return ApiError(404, f"Not found: {path}. Available: {', '.join(known)}.", code="not_found")
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         return ApiError(
             405,
-            f"{path} does not take {request.method}; it takes {allowed}.",
+            f"Method not allowed on {path}: {request.method}; use {allowed}.",
             code="method_not_allowed",
             headers={"allow": allowed},
         )
     return ApiError(error.status_code, error.detail, code="http_error")
 
 
-async def _answered(request: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return _response(error)
 
 
-async def _broken(request: Request, error: Exception) -> Response:
-    """A fault of the worker itself. Its traceback is in the log."""
+async def _internal_error(request: Request, error: Exception) -> Response:
+    """Answer a bug of the worker itself. Its traceback is in the log."""
     kind = type(error).__name__
     return _response(ApiError(500, f"The worker failed: {kind}.", code="worker_failed"))
 

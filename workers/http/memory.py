@@ -1,4 +1,4 @@
-"""This process's memory."""
+"""The memory of this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker counts, in base units, for Prometheus."""
+"""Prometheus metrics of a worker, in base units."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _FACTORS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 5.0)
 
 
 class Metrics:
-    """One registry of its own; every series carries the worker's and the model's name."""
+    """A registry of its own; every series is labelled with the worker and the model."""
 
     def __init__(self, worker_id: str, model: str, queue: RequestQueue) -> None:
         self.registry = CollectorRegistry()
         self._labels = {"worker": worker_id, "model": model}
-        self._requests = self._counter("requests", "Requests, by the status answered.", "code")
+        self._requests = self._counter("requests", "Requests, by response status.", "code")
         self._rejected = self._counter("requests_rejected", "Requests not admitted.", "reason")
         self._cancelled = self._counter(
             "requests_cancelled", "Requests dropped.", "stage", "reason"
@@ -36,7 +36,7 @@ class Metrics:
         self._startup = self._gauge("worker_startup_seconds", "Time of the start.", "phase")
         running = self._gauge("requests_in_progress", "Requests on the device: 0 or 1.")
         running.labels(**self._labels).set_function(lambda: queue.running)
-        waiting = self._gauge("queue_depth", "Requests that wait for the device.")
+        waiting = self._gauge("queue_depth", "Requests waiting in the queue.")
         waiting.labels(**self._labels).set_function(lambda: queue.waiting)
         memory = self._gauge("worker_resident_bytes", "Resident memory of the process.")
         memory.labels(**self._labels).set_function(resident_bytes)
@@ -48,8 +48,8 @@ class Metrics:
         self._rejected.labels(**self._labels, reason=reason).inc()
 
     def ended(self, context: RequestContext) -> None:
-        """Count one request for the model, whatever became of it."""
-        code = context.cut or (499 if context.left else context.status) or 500
+        """Count one request for the model, whatever its outcome."""
+        code = context.cut or (499 if context.disconnected else context.status) or 500
         self._requests.labels(**self._labels, code=str(code)).inc()
         self._duration.observe(context.seconds)
         if context.first_byte is not None:
@@ -68,7 +68,7 @@ class Metrics:
             self._factor.observe(job.service_seconds / context.audio_seconds)
 
     def text(self) -> bytes:
-        """The exposition format."""
+        """Return all metrics in the exposition format."""
         return generate_latest(self.registry)
 
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:

@@ -1,4 +1,4 @@
-"""The outermost layer: gives every request its exchange, and writes down what became of it."""
+"""The outermost layer: gives every request its RequestContext, and logs and counts its outcome."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from collections.abc import Awaitable, Callable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from workers.errors import ApiError, ModelFailed, invalid
-from workers.http.access_log import request_line
+from workers.http.access_log import log_request
 from workers.http.context import RequestContext
 from workers.http.state import WorkerState
 from workers.logs import log
 from workers.model.contract import Cancelled, InvalidRequest
-from workers.queueing.job import Abandoned, CallerLeft, DeadlinePassed, SlowReader
+from workers.queueing.job import ClientDisconnected, DeadlinePassed, Dropped, SlowReader
 from workers.queueing.queue import CrashesWorkers, QueueClosed, QueueFull
 
-_GRACE = 5.0
-"""Seconds for which a lost worker's callers wait for its end, which has others answer them."""
+_EXIT_GRACE = 5.0
+"""Seconds that requests of a worker without its device wait for its exit, on which the balancer
+retries them elsewhere."""
 
 
 class ContextMiddleware:
-    """Pure ASGI. The exchange lies in the scope under ``exchange``."""
+    """Pure ASGI. The context is ``scope["context"]``."""
 
     def __init__(self, app: ASGIApp, worker: WorkerState) -> None:
         self._app = app
@@ -29,7 +30,7 @@ class ContextMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            raise RuntimeError(f"only http is served here, not {scope['type']}")
+            raise RuntimeError(f"ASGI scope type is not supported: {scope['type']}; only http is")
         context = RequestContext(
             scope,
             receive,
@@ -37,7 +38,7 @@ class ContextMiddleware:
             worker_id=self._worker.id,
             timeout=self._worker.spec.request_timeout,
         )
-        scope["exchange"] = context
+        scope["context"] = context
         await self._app(scope, receive, context.send)
 
 
@@ -45,49 +46,49 @@ Handler = Callable[[RequestContext], Awaitable[None]]
 
 
 class ModelRoute:
-    """An endpoint whose answer comes from the model. Every way to fail becomes an answer."""
+    """An endpoint that the model serves. Every failure becomes an error response."""
 
     def __init__(self, worker: WorkerState, handler: Handler) -> None:
         self._worker = worker
         self._handler = handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        context: RequestContext = scope["exchange"]
+        context: RequestContext = scope["context"]
         try:
-            await self._handled(context)
-        except CallerLeft as left:
-            context.left = True
-            context.dropped = left
+            await self._handle(context)
+        except ClientDisconnected as disconnected:
+            context.disconnected = True
+            context.dropped = disconnected
         finally:
             self._worker.metrics.ended(context)
-            request_line(context)
+            log_request(context)
 
-    async def _handled(self, context: RequestContext) -> None:
+    async def _handle(self, context: RequestContext) -> None:
         try:
             await self._handler(context)
-        except CallerLeft:
+        except ClientDisconnected:
             raise
         except (
             ApiError,
             InvalidRequest,
             Cancelled,
-            Abandoned,
+            Dropped,
             QueueFull,
             QueueClosed,
             CrashesWorkers,
             ModelFailed,
         ) as error:
             if isinstance(error, QueueClosed) and not context.balanced:
-                await asyncio.sleep(_GRACE)
-            if context.left:
+                await asyncio.sleep(_EXIT_GRACE)
+            if context.disconnected:
                 return
-            await context.fail(self._answer_to(error, context))
+            await context.fail(self._to_api_error(error, context))
         except Exception as error:
             log.exception("the worker failed id=%s", context.id)
             kind = type(error).__name__
             await context.fail(ApiError(500, f"The worker failed: {kind}.", code="worker_failed"))
 
-    def _answer_to(self, error: Exception, context: RequestContext) -> ApiError:
+    def _to_api_error(self, error: Exception, context: RequestContext) -> ApiError:
         if isinstance(error, ApiError):
             if error.status >= 500:
                 log.error("answered %d id=%s %s", error.status, context.id, error.message)
@@ -98,59 +99,61 @@ class ModelRoute:
             self._worker.metrics.rejected("queue_full")
             return ApiError(
                 429,
-                f"The worker is busy and its line of {self._worker.queue.limit} is full; "
+                f"The queue is full ({self._worker.queue.limit} waiting); "
                 f"retry after {error.retry_after} s.",
                 code="queue_full",
                 headers={"retry-after": str(error.retry_after)},
-                may_go_on=True,
+                try_next_worker=True,
             )
         if isinstance(error, QueueClosed):
             self._worker.metrics.rejected("closed")
             return ApiError(
                 503,
-                "The worker is ending.",
+                "The worker is shutting down; retry after 1 s.",
                 code="worker_ending",
                 headers={"retry-after": "1"},
-                may_go_on=True,
+                try_next_worker=True,
             )
         if isinstance(error, CrashesWorkers | ModelFailed):
-            return self._failure(error, context)
-        return self._dropped(error, context)
+            return self._model_error(error, context)
+        return self._drop_error(error, context)
 
-    def _dropped(self, error: Exception, context: RequestContext) -> ApiError:
-        if isinstance(error, Abandoned):
+    def _drop_error(self, error: Exception, context: RequestContext) -> ApiError:
+        if isinstance(error, Dropped):
             context.dropped = error
-        else:  # the model, or the device thread, saw the deadline before the event loop did
+        else:  # the model or the device thread noticed the deadline before the event loop
             stage = context.job.stage if context.job is not None else "waiting"
             context.dropped = DeadlinePassed(stage)
         if isinstance(error, SlowReader):
             return ApiError(408, f"{error}.", code="slow_reader")
         return ApiError(
             504,
-            f"The deadline passed while the request was {context.dropped.stage}: it may take "
+            f"The deadline passed while the request was {context.dropped.stage}: the limit is "
             f"{context.limit}.",
             code="deadline_passed",
             headers={"x-should-retry": "false"},
         )
 
-    def _failure(self, error: CrashesWorkers | ModelFailed, context: RequestContext) -> ApiError:
+    def _model_error(
+        self, error: CrashesWorkers | ModelFailed, context: RequestContext
+    ) -> ApiError:
         if isinstance(error, CrashesWorkers):
-            return self._too_deadly(error, context)
-        told = {"fields": {"id": context.id}, "traceback": error.trace}
-        log.error("the model failed", extra=told)
+            return self._crash_error(error, context)
+        extra = {"fields": {"id": context.id}, "traceback": error.trace}
+        log.error("the model failed", extra=extra)
         return ApiError(
             500,
-            f"The model failed: {error.kind}. The worker's log has more, under {context.id}.",
+            f"The model failed: {error.kind}. See the worker's log, request id {context.id}.",
             code="model_failed",
         )
 
-    def _too_deadly(self, error: CrashesWorkers, context: RequestContext) -> ApiError:
+    def _crash_error(self, error: CrashesWorkers, context: RequestContext) -> ApiError:
         self._worker.metrics.rejected("ends_workers")
-        log.error("refused, for it ended %d other workers: id=%s", error.ended, context.id)
+        log.error("rejected, because it crashed %d workers: id=%s", error.ended, context.id)
         return ApiError(
             500,
-            f"{error.ended} workers ended while they ran this request; it is tried on no "
-            f"other. Their logs have more, under {context.id}.",
+            f"The request crashed {error.ended} workers and is not retried. See their logs, "
+            f"request id {context.id}.",
             code="request_ends_workers",
             headers={"x-should-retry": "false"},
         )

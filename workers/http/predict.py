@@ -16,7 +16,7 @@ from workers.http.state import WorkerState
 from workers.model.responses import EVENTS, Response, error_event
 
 _UNDECLARED = ("", "application/x-www-form-urlencoded")
-"""What `curl -d` and bare clients say of any body, whatever it is."""
+"""Content types that `curl -d` and bare clients declare for any body."""
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 
@@ -33,13 +33,13 @@ class Predict:
         events = EVENTS in context.header(b"accept")
         call = partial(worker.loaded.predict, payload, events)
         job = worker.queue.submit(call, work, context.key)
-        with context.watching(job):
+        with context.cancel_on_disconnect(job):
             first = await anext(job)
             if isinstance(first, Response):
-                await context.answer(first.status, first.body, first.content_type, first.headers)
+                await context.respond(first.status, first.body, first.content_type, first.headers)
                 return
-            # The first item of a stream is its type; its first chunk has to exist before a status
-            # is sent, so that an early failure still gets its own.
+            # The first item of a stream is its content type. Its first chunk is awaited before the
+            # status is sent, so that an early failure still gets a status of its own.
             chunk = await anext(job, b"")
             if first == EVENTS:
                 context.error_event = error_event
@@ -62,7 +62,7 @@ class Predict:
 
 
 async def _form(context: RequestContext, body: bytes) -> Any:
-    """What LitServe gives a LitAPI for a form: Starlette's FormData."""
+    """Parse a form into Starlette's FormData, as LitServe does for a LitAPI."""
 
     async def replay() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
@@ -70,4 +70,4 @@ async def _form(context: RequestContext, body: bytes) -> Any:
     try:
         return await Request(context.scope, replay).form()
     except HTTPException as error:
-        raise invalid(f"The body is not a form: {error.detail.rstrip('.')}.") from None
+        raise invalid(f"The body is not a valid form: {error.detail.rstrip('.')}.") from None

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 protocol, which answers what it cannot parse in JSON, as the routes do."""
+"""uvicorn's HTTP/1.1 protocol, with JSON error responses for requests that it cannot parse."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from workers.model.responses import as_json
 
 
 class JsonErrorProtocol(HttpToolsProtocol):
-    """Unknown methods, control characters and raw UTF-8 in a target, wrong lengths and the like end
-    here: no route sees them, since there is no request."""
+    """Answers unknown methods, control characters and raw UTF-8 in a target, wrong lengths and the
+    like: no route sees them, since the parser yields no request."""
 
     def send_400_response(self, msg: str) -> None:
-        """Answer 400 and close. Called by uvicorn while it handles the parser's error."""
+        """Respond 400 and close. uvicorn calls this while it handles the parser's error."""
         cycle = self.cycle
         if cycle is not None and cycle.response_started and not cycle.response_complete:
-            # Rubbish after the head of a body that is being answered: a second head would be read
-            # as a part of that answer.
+            # Invalid bytes after a request whose response has begun: a second head would be read as
+            # a part of that response.
             self.transport.close()
             return
         error = sys.exception()

@@ -1,4 +1,4 @@
-"""The HTTP server: listens when the model is warm, drains on a signal, and ends with 0 then."""
+"""The HTTP server: listens once the model is warm, drains on a signal, then exits with 0."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from workers.http.state import WorkerState
 from workers.logs import log
 
 KEEP_ALIVE = 90
-"""Seconds an idle connection stays open: longer than nginx keeps it, which then never meets a
-connection that is just being closed."""
+"""Seconds an idle connection stays open: longer than nginx keeps it, so that nginx never uses a
+connection that is being closed."""
 
 DRAIN_GRACE = 5.0
 """Seconds a drain may take beyond the longest request."""
 
 _PROBE = 1.0
-"""Seconds in which a connect on this machine succeeds or is refused."""
+"""Seconds within which a local connect succeeds or is refused."""
 
 _ARRIVAL_GRACE = 0.05
-"""Seconds in which a request is read whose connection was let in just before the drain."""
+"""Seconds to read a request whose connection was accepted just before the drain."""
 
 _ANSWER_GRACE = 0.25
-"""Seconds in which the answer of the request that lost the device leaves."""
+"""Seconds to send the response of the request that lost the device."""
 
 
 class PortTaken(Exception):  # noqa: N818 - says what is wrong
-    """One line that names the address and the remedy."""
+    """The address cannot be bound: one line with the address and the remedy."""
 
 
 def reserve(host: str, port: int) -> socket.socket:
-    """Bind, but do not listen: the port is ours, and still refuses connections.
+    """Bind the port without listening: no other process can take it, and it refuses connections.
 
     The controller holds an empty slot's port by a socket that is bound with SO_REUSEPORT and never
     listens, so that no other user can take it. Beside it a process of the same user binds with
     SO_REUSEPORT too. That would succeed beside a server as well, and the kernel would share its
-    connections out between both: so a port that accepts connections is refused first.
+    connections out between both: so a port that accepts connections is rejected first.
 
     Raises PortTaken.
     """
@@ -57,13 +57,13 @@ def reserve(host: str, port: int) -> socket.socket:
         reserved.bind((host, port))
     except OSError as error:
         reserved.close()
-        raise _taken(host, port, error) from None
+        raise _port_taken(host, port, error) from None
     return reserved
 
 
 def _accepts(family: int, host: str, port: int) -> bool:
-    """Tell whether a server listens there. One whose backlog is full lets a connect wait, which
-    is not a refusal either."""
+    """Whether a server listens there. One whose backlog is full lets a connect wait, which is not
+    a refusal either."""
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.settimeout(_PROBE)
         try:
@@ -72,12 +72,12 @@ def _accepts(family: int, host: str, port: int) -> bool:
             return True
         except OSError:
             return False
-        # in the range of the kernel's own choices it may have connected to itself
+        # within the ephemeral port range the probe may have connected to itself
         return bool(probe.getsockname() != probe.getpeername())
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which after a drain does not end itself by the signal it drained for."""
+    """uvicorn's server, except that it does not raise the signal again after the drain."""
 
     def __init__(self, app: ASGIApp, worker: WorkerState) -> None:
         timeout = worker.spec.request_timeout + DRAIN_GRACE
@@ -97,17 +97,17 @@ class Server(uvicorn.Server):
             )
         )
         self._worker = worker
-        worker.queue.on_sticky = self._end_at_once
+        worker.queue.on_device_lost = self._exit_at_once
 
     def listen(self, reserved: socket.socket) -> None:
-        """Serve until drained. Raises PortTaken when another listens there by now."""
+        """Serve until drained. Raises PortTaken when another server listens there by now."""
         host, port = reserved.getsockname()[:2]
         try:
-            if _accepts(reserved.family, host, port):  # one that began while the model was loading
+            if _accepts(reserved.family, host, port):  # it started while the model was loading
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
             reserved.listen(self.config.backlog)
         except OSError as error:
-            raise _taken(host, port, error) from None
+            raise _port_taken(host, port, error) from None
         self.run(sockets=[reserved])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -130,17 +130,18 @@ class Server(uvicorn.Server):
         await asyncio.sleep(_ARRIVAL_GRACE)
         await super().shutdown(sockets)
 
-    def _end_at_once(self) -> None:
-        """The device is lost to this process: whoever waits is better served by another."""
-        log.critical("the device is lost to this process; ending with 1")
+    def _exit_at_once(self) -> None:
+        """Exit with 1, because the device is lost to this process: another worker can serve the
+        requests that wait."""
+        log.critical("the device is lost to this process; exiting with 1")
         for server in self.servers:
             server.close()
         asyncio.get_running_loop().call_later(_ANSWER_GRACE, os._exit, 1)
 
 
-def _taken(host: str, port: int, error: OSError) -> PortTaken:
+def _port_taken(host: str, port: int, error: OSError) -> PortTaken:
     if error.errno == errno.EADDRINUSE:
         return PortTaken(
-            f"port {port} on {host} is in use; end what listens there, or choose another --port"
+            f"port {port} on {host} is in use; stop its server, or choose another --port"
         )
     return PortTaken(f"cannot listen on {host}:{port}: {error.strerror}; correct --host or --port")

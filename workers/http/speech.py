@@ -1,4 +1,4 @@
-"""``POST /v1/audio/speech``: text in, speech out, whole or while it is being made."""
+"""``POST /v1/audio/speech``: text in, speech out, complete or streamed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from workers.errors import ApiError
 from workers.http.context import RequestContext, parse_json
-from workers.http.speech_request import Wanted, parse_speech
+from workers.http.speech_request import SpeechOptions, parse_speech
 from workers.http.state import WorkerState
 from workers.model.audio import CONTENT_TYPES, Encoder, encode, encoder, writable_rate
 from workers.model.contract import Audio
@@ -25,100 +25,100 @@ class Speech:
         work = context.work()
         body = await context.read_body(worker.spec.body_limit)
         worker.queue.check()
-        wanted = parse_speech(parse_json(body), worker.spec, worker.loaded.voices, work)
-        worker.pace.check(wanted.speech, context.limit)
-        if wanted.progressive:
-            await self._streamed(context, wanted)
+        options = parse_speech(parse_json(body), worker.spec, worker.loaded.voices, work)
+        worker.speech_rate.check(options.speech, context.limit)
+        if options.progressive:
+            await self._stream(context, options)
         else:
-            await self._whole(context, wanted)
+            await self._complete(context, options)
         if context.job is not None:
-            worker.pace.add(wanted.speech, context.job.busy_seconds)
+            worker.speech_rate.add(options.speech, context.job.busy_seconds)
 
-    async def _whole(self, context: RequestContext, wanted: Wanted) -> None:
+    async def _complete(self, context: RequestContext, options: SpeechOptions) -> None:
         loaded = self._worker.loaded
-        call = partial(loaded.speak_all, wanted.speech)
-        job = self._worker.queue.submit(call, wanted.speech.work, context.key)
-        with context.watching(job):
+        call = partial(loaded.speak_all, options.speech)
+        job = self._worker.queue.submit(call, options.speech.work, context.key)
+        with context.cancel_on_disconnect(job):
             chunks: list[Audio] = await anext(job)
             seconds = sum(map(len, chunks)) / loaded.sample_rate
             if not chunks:
-                raise _silent()
+                raise _no_audio()
             context.audio_seconds = seconds
             body = await self._write(
-                wanted, encode, chunks, loaded.sample_rate, wanted.response_format
+                options, encode, chunks, loaded.sample_rate, options.response_format
             )
         headers = {
-            "x-sample-rate": self._rate(wanted),
+            "x-sample-rate": self._rate(options),
             "x-audio-seconds": f"{seconds:.3f}",
             "x-real-time-factor": f"{job.service_seconds / seconds:.4f}",
         }
-        await context.answer(200, body, CONTENT_TYPES[wanted.response_format], headers)
+        await context.respond(200, body, CONTENT_TYPES[options.response_format], headers)
 
-    async def _streamed(self, context: RequestContext, wanted: Wanted) -> None:
+    async def _stream(self, context: RequestContext, options: SpeechOptions) -> None:
         loaded = self._worker.loaded
-        call = partial(loaded.speak, wanted.speech)
-        job = self._worker.queue.submit(call, wanted.speech.work, context.key)
+        call = partial(loaded.speak, options.speech)
+        job = self._worker.queue.submit(call, options.speech.work, context.key)
         count = 0
         writer: Encoder | None = None
-        with context.watching(job):
+        with context.cancel_on_disconnect(job):
             async for chunk in job:
                 if writer is None:
-                    writer = encoder(loaded.sample_rate, wanted.response_format)
-                    await self._begin(context, wanted)
+                    writer = encoder(loaded.sample_rate, options.response_format)
+                    await self._begin(context, options)
                 count += len(chunk)
                 context.audio_seconds = count / loaded.sample_rate
-                data = await self._write(wanted, writer.feed, chunk)
-                await context.send_chunk(_framed(data, wanted))
+                data = await self._write(options, writer.feed, chunk)
+                await context.send_chunk(_frame(data, options))
             if writer is None:
-                raise _silent()
-            data = await self._write(wanted, writer.finish)
-            await context.send_chunk(_framed(data, wanted))
-            if wanted.events:
-                await context.send_chunk(_done(wanted, count / loaded.sample_rate))
+                raise _no_audio()
+            data = await self._write(options, writer.finish)
+            await context.send_chunk(_frame(data, options))
+            if options.events:
+                await context.send_chunk(_done(options, count / loaded.sample_rate))
             await context.end_stream()
 
-    async def _begin(self, context: RequestContext, wanted: Wanted) -> None:
-        content_type = CONTENT_TYPES[wanted.response_format]
-        if wanted.events:
+    async def _begin(self, context: RequestContext, options: SpeechOptions) -> None:
+        content_type = CONTENT_TYPES[options.response_format]
+        if options.events:
             content_type = EVENTS
             context.error_event = _error_event
-        await context.start_stream(content_type, {"x-sample-rate": self._rate(wanted)})
+        await context.start_stream(content_type, {"x-sample-rate": self._rate(options)})
 
-    def _rate(self, wanted: Wanted) -> str:
-        """Hz of what is sent, which is not the model's where the format cannot carry that."""
-        return str(writable_rate(self._worker.loaded.sample_rate, wanted.response_format))
+    def _rate(self, options: SpeechOptions) -> str:
+        """Sample rate of the response in Hz: not the model's where the format cannot carry that."""
+        return str(writable_rate(self._worker.loaded.sample_rate, options.response_format))
 
-    def _is_cheap(self, wanted: Wanted) -> bool:
-        """Samples that are only cast are written here; encoding and resampling take a thread of
-        their own."""
+    def _is_cheap(self, options: SpeechOptions) -> bool:
+        """Whether the event loop may encode: only casts. Compression and resampling run on the
+        encoder thread."""
         rate = self._worker.loaded.sample_rate
-        name = wanted.response_format
+        name = options.response_format
         return name == "wav" or (name == "pcm" and writable_rate(rate, name) == rate)
 
-    async def _write(self, wanted: Wanted, write: Any, *arguments: Any) -> bytes:
-        if self._is_cheap(wanted):
+    async def _write(self, options: SpeechOptions, write: Any, *arguments: Any) -> bytes:
+        if self._is_cheap(options):
             return bytes(write(*arguments))
         loop = asyncio.get_running_loop()
         return bytes(await loop.run_in_executor(self._worker.encoder_thread, write, *arguments))
 
 
-def _silent() -> ApiError:
-    return ApiError(500, "The model made no audio of this input.", code="no_audio")
+def _no_audio() -> ApiError:
+    return ApiError(500, "The model produced no audio for this input.", code="no_audio")
 
 
-def _framed(data: bytes, wanted: Wanted) -> bytes:
-    if not wanted.events or not data:
+def _frame(data: bytes, options: SpeechOptions) -> bytes:
+    if not options.events or not data:
         return data
     return _event({"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()})
 
 
-def _done(wanted: Wanted, seconds: float) -> bytes:
-    """OpenAI's clients expect token counts; nothing here is counted in tokens, so they are 0."""
+def _done(options: SpeechOptions, seconds: float) -> bytes:
+    """The last event. OpenAI's clients expect token counts; there are no tokens, so 0."""
     usage = {
         "input_tokens": 0,
         "output_tokens": 0,
         "total_tokens": 0,
-        "characters": len(wanted.speech.input),
+        "characters": len(options.speech.input),
         "audio_seconds": round(seconds, 3),
     }
     return _event({"type": "speech.audio.done", "usage": usage})

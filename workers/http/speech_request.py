@@ -1,4 +1,4 @@
-"""The body of ``POST /v1/audio/speech``, checked after OpenAI's contract."""
+"""Parse and validate the body of ``POST /v1/audio/speech``, by OpenAI's contract."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from workers.errors import invalid, unknown
+from workers.errors import invalid, not_found
 from workers.model.audio import CONTENT_TYPES, PROGRESSIVE
 from workers.model.contract import SpeechRequest, Work
 from workers.model.spec import DEFAULT_NAME, Spec
 
 OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
-"""What every first example of a client library writes: any speech model answers to them."""
+"""Model names in the examples of client libraries: every speech model accepts them."""
 
 OPENAI_VOICES = frozenset(
     {
@@ -20,8 +20,8 @@ OPENAI_VOICES = frozenset(
         *("marin", "nova", "onyx", "sage", "shimmer", "verse"),
     }
 )
-"""Voices of OpenAI's. A model with one voice answers to them with it; with several, the
-configuration says which is meant (``model.voice_aliases``)."""
+"""OpenAI's voices. A model with one voice accepts all of them; for one with several,
+``model.voice_aliases`` maps them."""
 
 _OWN_FIELDS = frozenset(
     {
@@ -33,26 +33,27 @@ _FORMATS = ", ".join(CONTENT_TYPES)
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is to be spoken, and how it is to leave."""
+class SpeechOptions:
+    """What to speak, and how to send it."""
 
     speech: SpeechRequest
     response_format: str
     events: bool
     """Server-sent events."""
     progressive: bool
-    """Audio leaves while more is being made."""
+    """Audio is sent while more is being generated."""
 
 
-def parse_speech(body: Any, spec: Spec, voices: list[str], work: Work) -> Wanted:
-    """Raises ApiError 400 or 404, naming the field, the value and what is allowed."""
+def parse_speech(body: Any, spec: Spec, voices: list[str], work: Work) -> SpeechOptions:
+    """Validate a parsed body. Raises ApiError 400 or 404 with the field, its value and what is
+    allowed."""
     if not isinstance(body, dict):
-        raise invalid("The body is no JSON object; it needs at least an input.")
+        raise invalid("The body is not a JSON object; send one with at least an input.")
     _check_model(body.get("model"), spec)
     response_format = _choice(body, "response_format", "mp3", (*CONTENT_TYPES, "aac"))
     if response_format == "aac":
         raise invalid(
-            f"response_format 'aac' cannot be written here; one of {_FORMATS} is needed.",
+            f"response_format 'aac' is not supported; use one of {_FORMATS}.",
             "response_format",
         )
     stream_format = _choice(body, "stream_format", None, ("audio", "sse"))
@@ -66,7 +67,7 @@ def parse_speech(body: Any, spec: Spec, voices: list[str], work: Work) -> Wanted
         extra={key: value for key, value in body.items() if key not in _OWN_FIELDS},
         work=work,
     )
-    return Wanted(
+    return SpeechOptions(
         speech,
         response_format,
         events=stream_format == "sse",
@@ -76,12 +77,13 @@ def parse_speech(body: Any, spec: Spec, voices: list[str], work: Work) -> Wanted
 
 
 def _stream(value: Any, stream_format: str | None) -> bool | None:
-    """A field of ours: false asks for the whole answer, which states its length and pace."""
+    """An extension of OpenAI's contract: false requests a complete response, whose headers have its
+    length and real-time factor."""
     if value is not None and not isinstance(value, bool):
-        raise invalid(f"stream is {_shown(value)}; true or false is needed.", "stream")
+        raise invalid(f"stream must be true or false, got {_formatted(value)}.", "stream")
     if value is False and stream_format == "sse":
         raise invalid(
-            "stream is false, but stream_format is 'sse', which is a stream; leave one out.",
+            "stream is false, but stream_format is 'sse', which is a stream; remove one of them.",
             "stream",
         )
     return value
@@ -91,26 +93,28 @@ def _check_model(value: Any, spec: Spec) -> None:
     if value is None:
         return
     if not isinstance(value, str):
-        raise invalid(f"model is {_shown(value)}; a text is needed.", "model")
+        raise invalid(f"model must be a string, got {_formatted(value)}.", "model")
     if value not in spec.names and value not in OPENAI_MODELS:
-        raise unknown("model", value, spec.names)
+        raise not_found("model", value, spec.names)
 
 
 def _input(value: Any, limit: int) -> str:
     if value is None:
-        raise invalid("input is missing: the text to be spoken.", "input")
+        raise invalid("input is missing; it is the text to speak.", "input")
     if not isinstance(value, str):
-        raise invalid(f"input is {_shown(value)}; a text is needed.", "input")
+        raise invalid(f"input must be a string, got {_formatted(value)}.", "input")
     if not value.strip():
-        raise invalid("input is empty; there is nothing to speak.", "input")
+        raise invalid("input is empty; send some text to speak.", "input")
     if len(value) > limit:
         raise invalid(
-            f"input has {len(value)} characters; at most {limit} are spoken at once.", "input"
+            f"input is too long: {len(value)} characters; at most {limit} are allowed.", "input"
         )
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise invalid("input holds half of a surrogate pair, which is no text.", "input") from None
+        raise invalid(
+            "input is not valid Unicode: it contains half of a surrogate pair.", "input"
+        ) from None
     return value
 
 
@@ -120,23 +124,23 @@ def _voice(value: Any, voices: list[str], aliases: dict[str, str]) -> str:
     if value is None:
         return voices[0]
     if not isinstance(value, str):
-        raise invalid(f'voice is {_shown(value)}; a text or {{"id": …}} is needed.', "voice")
+        raise invalid(f'voice must be a string or {{"id": …}}, got {_formatted(value)}.', "voice")
     if value in voices:
         return value
     if value in aliases:
         return aliases[value]
     if value == DEFAULT_NAME or (value in OPENAI_VOICES and len(voices) == 1):
         return voices[0]
-    raise unknown("voice", value, list(dict.fromkeys((*voices, *aliases, DEFAULT_NAME))))
+    raise not_found("voice", value, list(dict.fromkeys((*voices, *aliases, DEFAULT_NAME))))
 
 
 def _speed(value: Any) -> float:
     if value is None:
         return 1.0
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    # An integer of any size can be compared with a float, but not made one.
+    # An integer of any size can be compared with a float, but not converted to one.
     if not number or not 0.25 <= value <= 4:
-        raise invalid(f"speed is {_shown(value)}; a number from 0.25 to 4 is needed.", "speed")
+        raise invalid(f"speed must be a number from 0.25 to 4, got {_formatted(value)}.", "speed")
     return float(value)
 
 
@@ -144,13 +148,13 @@ def _seed(value: Any) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
-        raise invalid(f"seed is {_shown(value)}; a whole number of 64 bits is needed.", "seed")
+        raise invalid(f"seed must be a 64-bit integer, got {_formatted(value)}.", "seed")
     return value
 
 
 def _instructions(value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
-        raise invalid(f"instructions is {_shown(value)}; a text is needed.", "instructions")
+        raise invalid(f"instructions must be a string, got {_formatted(value)}.", "instructions")
     return value
 
 
@@ -160,9 +164,9 @@ def _choice(body: dict[str, Any], key: str, default: Any, allowed: tuple[str, ..
         return default
     if not isinstance(value, str) or value not in allowed:
         names = ", ".join(name for name in allowed if name != "aac")
-        raise invalid(f"{key} is {_shown(value)}; one of {names} is needed.", key)
+        raise invalid(f"{key} must be one of {names}, got {_formatted(value)}.", key)
     return value
 
 
-def _shown(value: Any) -> str:
+def _formatted(value: Any) -> str:
     return json.dumps(value)[:60]

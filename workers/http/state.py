@@ -1,4 +1,4 @@
-"""What all routes of one worker share."""
+"""The state that all routes of a worker share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from workers.http.metrics import Metrics
 from workers.model.loader import LoadedModel
 from workers.model.spec import Spec
 from workers.queueing.queue import RequestQueue
-from workers.queueing.speech_rate import Pace
+from workers.queueing.speech_rate import SpeechRate
 
 
 @dataclass
@@ -22,10 +22,10 @@ class WorkerState:
     loaded: LoadedModel
     device_thread: Executor
     encoder_thread: Executor
-    """Where audio is compressed, so that neither the device nor the event loop waits for it."""
+    """Compresses audio, so that neither the device nor the event loop waits for it."""
     queue: RequestQueue
     metrics: Metrics
-    pace: Pace = field(default_factory=Pace)
+    speech_rate: SpeechRate = field(default_factory=SpeechRate)
     draining: bool = False
     started: float = field(default_factory=time.time)
     """Unix time."""

@@ -1,4 +1,4 @@
-"""What a worker tells of itself: probes, health, metrics, models, voices."""
+"""The status routes of a worker: probes, health, metrics, models, voices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from workers.errors import ApiError, unknown
+from workers.errors import ApiError, not_found
 from workers.http.context import RequestContext
 from workers.http.memory import resident_bytes
 from workers.http.state import WorkerState
@@ -27,16 +27,16 @@ class Status:
 
     async def ready(self, request: Request) -> Response:
         if self._worker.draining or self._worker.queue.closed:
-            error = ApiError(503, "The worker is ending.", code="draining")
+            error = ApiError(503, "The worker is shutting down; retry after 1 s.", code="draining")
             return _json(error.body(), 503, {"retry-after": "1"})
         return _json({"status": "ready"})
 
     async def health(self, request: Request) -> Response:
-        """The last report, whole to who asks this worker itself, and its outline to the public."""
-        return _json(self._outline() if _is_public(request) else self._report())
+        """Return the last report: all of it to direct clients, a subset through the balancer."""
+        return _json(self._public_report() if _is_public(request) else self._report())
 
-    def _outline(self) -> dict[str, Any]:
-        """What says nothing of the machine."""
+    def _public_report(self) -> dict[str, Any]:
+        """The part of the report that reveals nothing about the machine."""
         report = self._report()
         keys = ["status", "model", "engine", "provider", "running", "waiting"]
         if self._worker.loaded.speaks:
@@ -80,19 +80,19 @@ class Status:
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name not in self._worker.spec.names:
-            raise unknown("model", name, self._worker.spec.names)
+            raise not_found("model", name, self._worker.spec.names)
         return _json(self._model(name))
 
     async def voices(self, request: Request) -> Response:
         return _json({"voices": self._worker.loaded.voices})
 
     async def longest_request(self, request: Request) -> Response:
-        """What sizing is to send; asked for before there is any traffic, of the worker itself."""
+        """Return the request with which sizing measures the footprint. Direct clients only."""
         if _is_public(request):
             raise HTTPException(404)
         longest = self._worker.loaded.longest_request
         if longest is None:
-            raise ApiError(404, "The model gives no longest_request().", code="not_found")
+            raise ApiError(404, "The model does not define longest_request().", code="not_found")
         return _json(longest)
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -101,8 +101,8 @@ class Status:
 
 
 def _is_public(request: Request) -> bool:
-    """Whether it came through the balancer, which marks what it passes on."""
-    context: RequestContext = request.scope["exchange"]
+    """Whether it came through the balancer, which marks the requests that it forwards."""
+    context: RequestContext = request.scope["context"]
     return context.balanced
 
 

@@ -1,4 +1,4 @@
-"""``async def`` in a model: run to its end on the device thread, on an event loop of its own."""
+"""Run a model's ``async def`` methods on the device thread, on an event loop of its own."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from typing import Any
 
 
 class DeviceLoop:
-    """The event loop of the device thread, made when it is first needed.
+    """The event loop of the device thread, created when it is first needed.
 
-    It is one loop for the life of the worker, so that a client which ``setup`` opened can be used
-    by ``predict``. It runs only while a call does: one request at a time, as for any model.
-    All methods belong to the device thread.
+    It is one loop for the life of the worker, so that ``predict`` can use a client which ``setup``
+    opened. It runs only during a call: one request at a time, as for any model. Call all methods
+    on the device thread.
     """
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def resolved(self, value: Any) -> Any:
-        """The value itself; of a coroutine what it returns; of an async generator an Iterator.
-        Raises what the coroutine raises."""
+    def resolve(self, value: Any) -> Any:
+        """Return the value itself, the result of a coroutine, or an Iterator over an async
+        generator. Raises what the coroutine raises."""
         while inspect.isawaitable(value):
             value = self._run(value)
-        return self._iterated(value) if isinstance(value, AsyncIterator) else value
+        return self._iterate(value) if isinstance(value, AsyncIterator) else value
 
     def _run(self, awaitable: Awaitable[Any]) -> Any:
-        return self._own().run_until_complete(_awaited(awaitable))
+        return self._get_loop().run_until_complete(_awaited(awaitable))
 
-    def _iterated(self, source: AsyncIterator[Any]) -> Iterator[Any]:
-        """Items one at a time, each made when it is asked for. Closing this ends ``source``.
+    def _iterate(self, source: AsyncIterator[Any]) -> Iterator[Any]:
+        """Yield items one at a time, each produced on demand. Closing this closes ``source``.
 
-        One task drives the source from its first item to its last, since timeouts and cancel scopes
-        that are open across a ``yield`` belong to the task that entered them.
+        One task drives the source from its first item to its last, because timeouts and cancel
+        scopes that are open across a ``yield`` belong to the task that entered them.
         """
-        loop = self._own()
+        loop = self._get_loop()
         handed: asyncio.Future[Any] = loop.create_future()
         wanted: asyncio.Future[None] = loop.create_future()
 
@@ -68,7 +68,7 @@ class DeviceLoop:
                 with contextlib.suppress(asyncio.CancelledError):
                     loop.run_until_complete(task)
 
-    def _own(self) -> asyncio.AbstractEventLoop:
+    def _get_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             weakref.finalize(self, self._loop.close)

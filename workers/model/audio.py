@@ -1,4 +1,4 @@
-"""Speech as bytes: the formats of OpenAI's contract, whole or while it is still being made."""
+"""Encode speech in the formats of OpenAI's contract, complete or as a stream."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ CONTENT_TYPES = {
     "wav": "audio/wav",
     "pcm": "audio/pcm",
 }
-"""The formats that can be written."""
+"""The supported formats."""
 
 PROGRESSIVE = frozenset({"pcm", "wav", "mp3", "opus"})
-"""Formats that stay readable when their first bytes leave before the last are known.
+"""Formats that stay readable when their first bytes are sent before the last are known.
 
-flac states its length and checksum in its head, and soundfile does not read it without them.
-A wav states its length there too, and says "read to the end" instead, as OpenAI's own does: players
-accept that, but some show no duration.
+flac has its length and checksum in its header, and soundfile does not read it without them. A
+streamed wav declares "read to the end" in place of its length, as OpenAI's own does: players accept
+that, but some show no duration.
 """
 
 _RATES = {
-    "pcm": (24000,),  # it has no header to state another one, and OpenAI's clients play it at this
+    "pcm": (24000,),  # it has no header for another rate, and OpenAI's clients play it at this one
     "opus": (8000, 12000, 16000, 24000, 48000),
     "mp3": (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000),
 }
 _UNKNOWN = 0xFFFFFFFF
-"""A length in a wav header that says: read to the end."""
+"""The length in a wav header that means: read to the end."""
 
 
 class Encoder(Protocol):
-    """Takes the chunks in order. What ``feed`` and ``finish`` return, joined, is the file."""
+    """Takes chunks in order. What ``feed`` and ``finish`` return, joined, is the file."""
 
     def feed(self, chunk: Audio) -> bytes: ...
 
@@ -47,24 +47,27 @@ class Encoder(Protocol):
 
 
 def samples(chunk: Any) -> Audio:
-    """A chunk that a model yielded, as finite float32 mono. Raises ValueError or TypeError."""
+    """Convert a chunk that a model yielded to finite float32 mono, shape (samples,).
+
+    Raises ValueError or TypeError.
+    """
     if hasattr(chunk, "detach"):  # a torch tensor, perhaps on a GPU
         chunk = chunk.detach().float().cpu().numpy()
     array = np.asarray(chunk)
     if array.dtype.kind != "f":
-        raise TypeError(f"the model yielded {array.dtype} samples; float32 in [-1, 1] is needed")
+        raise TypeError(f"audio chunk must be float32 in [-1, 1], got {array.dtype}")
     audio = array.astype(np.float32, copy=False)
     if audio.ndim != 1:
         audio = audio.squeeze()
         if audio.ndim != 1:
-            raise ValueError(f"the model yielded samples of shape {array.shape}; mono is needed")
+            raise ValueError(f"audio chunk must be mono, got shape {array.shape}")
     if not np.isfinite(audio).all():
-        raise ValueError("the model yielded samples that are not finite")
+        raise ValueError("audio chunk must be finite, got NaN or infinity")
     return audio
 
 
 def encode(chunks: list[Audio], rate: int, format_name: str) -> bytes:
-    """A complete file whose header states its true length."""
+    """Return a complete file with its true length in the header."""
     if format_name == "wav":
         body = b"".join(to_pcm(chunk) for chunk in chunks)
         return wav_header(rate, len(body)) + body
@@ -73,7 +76,7 @@ def encode(chunks: list[Audio], rate: int, format_name: str) -> bytes:
 
 
 def encoder(rate: int, format_name: str, complete: bool = False) -> Encoder:
-    """``complete``: return everything at the end, with all lengths in place."""
+    """Create an encoder. ``complete``: return everything at the end, with all lengths set."""
     if format_name == "pcm":
         return _Pcm(rate)
     if format_name == "wav":
@@ -82,12 +85,12 @@ def encoder(rate: int, format_name: str, complete: bool = False) -> Encoder:
 
 
 def to_pcm(chunk: Audio) -> bytes:
-    """Signed 16-bit little-endian samples."""
+    """Convert to signed 16-bit little-endian samples."""
     return (np.clip(chunk, -1.0, 1.0) * 32767.0).round().astype("<i2").tobytes()
 
 
 def wav_header(rate: int, size: int | None) -> bytes:
-    """44 bytes for 16-bit mono. ``size``: bytes of samples, None when they are still to come."""
+    """Return the 44-byte header for 16-bit mono. ``size``: bytes of samples, None if unknown."""
     data = _UNKNOWN if size is None else size
     riff = _UNKNOWN if size is None else 36 + size
     head = struct.pack("<4sI4s", b"RIFF", riff, b"WAVE")
@@ -145,7 +148,7 @@ class _Compressed:
             self._sound.write(np.clip(audio, -1.0, 1.0))
 
 
-# A constant bit rate lets players find their way in an mp3 whose length tag was never filled in.
+# A constant bit rate lets players seek in an mp3 whose length tag was never filled in.
 _SOUNDFILE: dict[str, dict[str, Any]] = {
     "mp3": {
         "format": "MP3",
@@ -159,7 +162,7 @@ _SOUNDFILE: dict[str, dict[str, Any]] = {
 
 
 class _Growing(io.BytesIO):
-    """A file whose bytes can be taken while it is written. What was taken cannot be rewritten."""
+    """A file that can be read while it is written. What was read cannot be rewritten."""
 
     def __init__(self, complete: bool) -> None:
         super().__init__()
@@ -178,7 +181,7 @@ class _Growing(io.BytesIO):
 
 
 def writable_rate(rate: int, format_name: str) -> int:
-    """The nearest rate in Hz, upwards where there is one, that the format can carry."""
+    """The rate in Hz that the format can carry: the next higher one, else its highest."""
     rates = _RATES.get(format_name)
     if rates is None or rate in rates:
         return rate

@@ -1,8 +1,9 @@
-"""A LitServe ``LitAPI`` as a model, without importing litserve: its user has it installed.
+"""Serve a LitServe ``LitAPI`` as a model, without importing litserve: its user has it installed.
 
-Served: hooks that return or yield, ``async def`` ones too, with or without ``stream=True``; batched
-ones, to whom each request is a batch of one. Refused at the start: a ``spec``, a ``loop`` of one's
-own, hooks that cannot be called, and what ``lit_requests.py`` cannot read.
+Supported: hooks that return or yield, ``async def`` ones too, with or without ``stream=True``;
+batched ones, which get each request as a batch of one. Rejected at the start: a ``spec``, a custom
+``loop``, hooks that cannot be called, and annotations that ``litserve_requests.py`` does not
+support.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from workers.errors import ApiError, LoadError
 from workers.logs import log
 from workers.model.async_calls import DeviceLoop
-from workers.model.responses import JSON, Response, Text, encoded, model_json
+from workers.model.responses import JSON, Response, Text, encode_text, model_json
 from workers.model.signatures import check_calls
 
 _HOOKS = {
@@ -25,7 +26,7 @@ _HOOKS = {
     "batch": "inputs",
     "unbatch": "output",
 }
-"""Hook → how its first argument is called in messages."""
+"""Hook → the name of its first argument in messages."""
 
 
 def is_litapi(cls: type[Any]) -> bool:
@@ -39,7 +40,7 @@ class LitModel:
     """Calls the hooks of a LitAPI in LitServe's order, one request at a time."""
 
     def __init__(self, api: Any, loop: DeviceLoop) -> None:
-        """Raises LoadError for what one request at a time cannot honour."""
+        """Raises LoadError for what a worker, with one request at a time, cannot support."""
         name = type(api).__name__
         _check(api, name)
         self._api = api
@@ -56,7 +57,7 @@ class LitModel:
         self._batched = _is_batched(api)
         if self._batched:
             log.info("%s is written for batches: each request is a batch of one", name)
-        # LitServe's examples leave it to the server to say so, and there is none here.
+        # In LitServe's examples LitServer sets it.
         if not getattr(api, "stream", False) and _yields(api):
             api.stream = True
         self._streams = bool(getattr(api, "stream", False))
@@ -71,30 +72,30 @@ class LitModel:
             api.set_logger_queue(_LogQueue())
         if hasattr(api, "pre_setup"):
             api.pre_setup(None)
-        self._loop.resolved(api.setup(device))
+        self._loop.resolve(api.setup(device))
         api.device = device
 
     def health(self) -> dict[str, Any]:
         check = getattr(self._api, "health", None)
-        return {"healthy": check is None or bool(self._loop.resolved(check()))}
+        return {"healthy": check is None or bool(self._loop.resolve(check()))}
 
     def predict(self, payload: Any) -> Any:
         try:
-            made = self._encoded(self._convert(payload))
+            made = self._encode(self._convert(payload))
             if self._streams or isinstance(made, Iterator | AsyncIterator):
-                return self._pieces(self._loop.resolved(made))
+                return self._chunks(self._loop.resolve(made))
         except Exception as error:
-            raise _translated(error) from error
-        return _answer(made)
+            raise _translate(error) from error
+        return _response(made)
 
-    def _encoded(self, payload: Any) -> Any:
-        """What encode_response makes of it; an item for each batch where batches are streamed."""
+    def _encode(self, payload: Any) -> Any:
+        """Call the hooks up to encode_response. A batched stream has an item per batch."""
         context: dict[str, Any] = {}
         decoded = self._hook("decode_request", payload, context)
         if not self._batched:
             output = self._hook("predict", decoded, context)
             if isinstance(output, AsyncIterator) and not self._encodes_async:
-                output = self._loop.resolved(output)
+                output = self._loop.resolve(output)
             return self._hook("encode_response", output, context)
         contexts = [context]
         output = self._hook("predict", self._hook("batch", [decoded], contexts), contexts)
@@ -102,24 +103,26 @@ class LitModel:
         if self._streams:
             return self._hook("encode_response", outputs, contexts)
         if len(outputs) != 1:
-            raise ValueError(f"predict or unbatch gave {len(outputs)} outputs for a batch of one")
+            raise ValueError(
+                f"predict or unbatch returned {len(outputs)} outputs for a batch of one; return one"
+            )
         return self._hook("encode_response", outputs[0], context)
 
     def _hook(self, name: str, value: Any, context: Any) -> Any:
-        """Call it. What it awaits is awaited; an async generator is left to the next hook."""
+        """Call a hook and await its result; an async generator is left to the next hook."""
         hook: Callable[..., Any] = getattr(self._api, name)
         result = hook(value, context=context) if self._wants_context[name] else hook(value)
-        return self._loop.resolved(result) if inspect.isawaitable(result) else result
+        return self._loop.resolve(result) if inspect.isawaitable(result) else result
 
-    def _pieces(self, made: Any) -> Iterator[bytes]:
-        """LitServe sends what a stream yields as it is: the framing is the model's."""
+    def _chunks(self, made: Any) -> Iterator[bytes]:
+        """Yield a stream's chunks as they are, like LitServe: the framing is the model's."""
         try:
             for item in made:
                 one = item[0] if self._batched else item
-                piece = self._api.format_encoded_response(one)
-                yield Text(encoded(piece)) if isinstance(piece, str) else piece
+                chunk = self._api.format_encoded_response(one)
+                yield Text(encode_text(chunk)) if isinstance(chunk, str) else chunk
         except Exception as error:
-            raise _translated(error) from error
+            raise _translate(error) from error
         finally:
             close = getattr(made, "close", None)
             if close is not None:
@@ -129,30 +132,30 @@ class LitModel:
 def _check(api: Any, name: str) -> None:
     if getattr(api, "spec", None) is not None:
         raise LoadError(
-            f"{name} has a spec ({type(api.spec).__name__}); only /predict is served here: "
-            f"leave spec out"
+            f"{name}.spec is not supported: {type(api.spec).__name__}; remove it, a worker serves "
+            "/predict"
         )
     if getattr(api, "_loop", "auto") != "auto":
         raise LoadError(
-            f"{name} has a loop of its own ({type(api._loop).__name__}); a worker runs one request "
-            f"at a time: leave loop out"
+            f"{name}.loop is not supported: {type(api._loop).__name__}; remove it, a worker runs "
+            "one request at a time"
         )
     if not _overrides(api, "predict"):
-        raise LoadError(f"{name} has no predict(x); a LitAPI needs one")
+        raise LoadError(f"{name} has no predict(x); define it")
     for hook, argument in _HOOKS.items():
         check_calls(api, name, {hook: (argument,)}, keyword="context")
 
 
 def _is_batched(api: Any) -> bool:
-    """Whether predict gets batches. LitServe itself warns where batch and unbatch are written and
-    max_batch_size is left at 1."""
+    """Whether predict gets batches. LitServe itself only warns where batch and unbatch are defined
+    and max_batch_size is 1."""
     if (getattr(api, "max_batch_size", 1) or 1) > 1:
         return True
     return _overrides(api, "batch") or _overrides(api, "unbatch")
 
 
 def _yields(api: Any) -> bool:
-    """Whether what encode_response gives is a stream whatever the request is."""
+    """Whether encode_response yields a stream for every request."""
     if _overrides(api, "encode_response"):
         return _is_generator(api.encode_response)
     return _is_generator(api.predict)
@@ -173,14 +176,15 @@ def _overrides(api: Any, hook: str) -> bool:
 
 
 class _LogQueue:
-    """Where ``LitAPI.log(key, value)`` goes."""
+    """Receives ``LitAPI.log(key, value)``."""
 
     def put(self, item: tuple[str, Any]) -> None:
         log.info("model log %s=%s", *item)
 
 
-def _answer(value: Any) -> Any:
-    """LitServe answers JSON, also for a bare text, unless the hook built a response itself."""
+def _response(value: Any) -> Any:
+    """Convert a result to a Response: JSON, also for a str, like LitServe, unless it is bytes or a
+    response already."""
     if isinstance(value, bytes | bytearray | memoryview | Response):
         return value
     if hasattr(value, "status_code") and hasattr(value, "body"):
@@ -193,8 +197,8 @@ def _answer(value: Any) -> Any:
 _FRAMING = ("content-length", "content-type", "transfer-encoding", "connection")
 
 
-def _translated(error: Exception) -> Exception:
-    """FastAPI's HTTPException becomes an answer with its status."""
+def _translate(error: Exception) -> Exception:
+    """Turn FastAPI's HTTPException into an ApiError with its status."""
     status = getattr(error, "status_code", None)
     if isinstance(status, int) and 400 <= status < 600 and hasattr(error, "detail"):
         return ApiError(status, str(error.detail), code="model_refused")

@@ -1,9 +1,9 @@
-"""What a LitAPI's ``decode_request`` gets, after the annotation of its ``request``, as in LitServe.
+"""Convert a payload for a LitAPI's ``decode_request``, by its annotation, like LitServe.
 
 =============================  =========================================================
 none, ``Any`` or ``Request``   parsed JSON, or Starlette's FormData of a form
 ``UploadFile``                 the file in the form's field ``request``
-any other type but a scalar    parsed JSON, checked and converted by pydantic
+any other type but a scalar    parsed JSON, validated and converted by pydantic
 =============================  =========================================================
 """
 
@@ -27,9 +27,9 @@ _SCALARS = (str, bytes, int, float, bool, complex)
 
 
 def converter(hook: Callable[..., Any], name: str) -> Callable[[Any], Any]:
-    """From a payload to what ``hook`` takes; the function raises InvalidRequest.
+    """Return a function that converts a payload for ``hook``; it raises InvalidRequest.
 
-    Raises LoadError for an annotation that cannot be served; ``name`` is the class's.
+    Raises LoadError for an annotation that is not supported; ``name`` is the class's.
     """
     kind = _annotation(hook)
     if kind in (None, Any) or _is(kind, Request):
@@ -38,11 +38,11 @@ def converter(hook: Callable[..., Any], name: str) -> Callable[[Any], Any]:
         return _file
     if _is(kind, _SCALARS):
         raise LoadError(
-            f"{name}.decode_request takes request: {kind.__name__}, which LitServe reads from the "
-            "query string; leave the annotation out (parsed JSON), or use Request, UploadFile or a "
-            "pydantic model"
+            f"{name}.decode_request: annotation of request is not supported: {kind.__name__}, "
+            "which LitServe reads from the query string; remove it (parsed JSON), or use Request, "
+            "UploadFile or a pydantic model"
         )
-    # A user of LitServe has it imported by now; a worker that serves another class does without.
+    # litserve has imported it by now; workers of other classes save the import.
     from pydantic import TypeAdapter  # noqa: PLC0415
     from pydantic.errors import PydanticUserError  # noqa: PLC0415
 
@@ -50,9 +50,9 @@ def converter(hook: Callable[..., Any], name: str) -> Callable[[Any], Any]:
         adapter = TypeAdapter(kind)
     except PydanticUserError as error:
         raise LoadError(
-            f"{name}.decode_request takes request: {kind}, which pydantic cannot check: "
-            f"{str(error).splitlines()[0]}; leave the annotation out (parsed JSON), or use "
-            "Request, UploadFile or a pydantic model"
+            f"{name}.decode_request: annotation of request is not supported: {kind}: "
+            f"{str(error).splitlines()[0]}; remove it (parsed JSON), or use Request, UploadFile or "
+            "a pydantic model"
         ) from None
     return lambda payload: _checked(adapter, payload)
 
@@ -60,7 +60,7 @@ def converter(hook: Callable[..., Any], name: str) -> Callable[[Any], Any]:
 def _annotation(hook: Callable[..., Any]) -> Any:
     try:
         return typing.get_type_hints(hook).get("request")
-    except Exception:  # a hint that cannot be resolved says nothing
+    except Exception:  # a hint that cannot be resolved counts as none
         return None
 
 
@@ -72,7 +72,7 @@ def _file(payload: Any) -> UploadFile:
     given = payload.get(FILE_FIELD) if isinstance(payload, Mapping) else None
     if not isinstance(given, UploadFile):
         raise InvalidRequest(
-            f"A file is needed in the field {FILE_FIELD!r} of a form (multipart/form-data)."
+            f"The form has no file in its field {FILE_FIELD!r}; send one as multipart/form-data."
         )
     return given
 

@@ -1,4 +1,4 @@
-"""Change the sample rate of a signal that arrives in chunks: a windowed sinc, in phases."""
+"""Resample a signal that arrives in chunks, with a polyphase windowed sinc."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from workers.model.contract import Audio
 
 _ZEROS = 16
-"""Zero crossings of the sinc on each side: more is steeper, and slower."""
+"""Zero crossings of the sinc on each side: more are steeper and slower."""
 
 _BLOCK = 1 << 14
-"""Output samples computed at once, which bounds the memory of long signals."""
+"""Output samples per step, which bounds the memory of long signals."""
 
 
 class Resampler:
-    """Give it chunks in order; the samples that come out do not depend on where they were cut."""
+    """Takes chunks in order; the output does not depend on where they were cut."""
 
     def __init__(self, rate: int, target: int) -> None:
         """Rates in Hz."""
@@ -33,14 +33,14 @@ class Resampler:
         """Index of the next output sample."""
 
     def feed(self, chunk: Audio) -> Audio:
-        """The output samples that ``chunk`` completes."""
+        """Return the output samples that ``chunk`` completes."""
         self._received += len(chunk)
         # Output n lies at input n * down / up and needs `half` samples to the right of it.
         ready = max(0, ((self._received - self._half) * self._up - 1) // self._down + 1)
         return self._until(np.concatenate([self._tail, chunk]), ready)
 
     def finish(self) -> Audio:
-        """The rest, as if silence followed."""
+        """Return the rest, as if silence followed."""
         length = -(-self._received * self._up // self._down)
         silence = np.zeros(self._half + 1, np.float32)
         return self._until(np.concatenate([self._tail, silence]), length)
@@ -62,7 +62,7 @@ class Resampler:
 
 
 def _phases(up: int, rate: int, target: int) -> tuple[NDArray[np.float32], int]:
-    """Filters for every position between two input samples, shape (up, 2 * half)."""
+    """Return the filters for every position between two input samples, shape (up, 2 * half)."""
     cutoff = min(1.0, target / rate) * 0.95
     half = math.ceil(_ZEROS / cutoff)
     offsets = np.arange(-half + 1, half + 1)[None, :] - np.arange(up)[:, None] / up

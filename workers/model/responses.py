@@ -1,4 +1,4 @@
-"""What a model returns or yields, as the bytes of a response."""
+"""Encode what a model returns or yields as the bytes of a response."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVENTS = "text/event-stream"
 
 @dataclass(frozen=True)
 class Response:
-    """A whole response body."""
+    """A complete response."""
 
     body: bytes
     content_type: str = BYTES
@@ -28,35 +28,35 @@ class Response:
 
 
 class Text(bytes):
-    """Text that leaves as it is, in a stream too."""
+    """Text that is sent as it is, in a stream too."""
 
 
 def as_json(value: Any) -> bytes:
-    """UTF-8 JSON. Arrays and tensors become lists. Raises TypeError or ValueError otherwise."""
+    """Encode as UTF-8 JSON, arrays and tensors as lists. Raises TypeError or ValueError."""
     return json.dumps(value, default=plain, allow_nan=False, separators=(",", ":")).encode()
 
 
 def model_json(value: Any) -> bytes:
-    """The same for what a model returned. Raises ApiError 500 naming what cannot be sent, and how
-    it can be: the model's author reads it."""
+    """Encode what a model returned. Raises ApiError 500 that tells the model's author what JSON
+    cannot carry, and what to return instead."""
     try:
         return as_json(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise _not_sent(unsendable(value, error)) from None
+        raise _unsendable_error(unsendable(value, error)) from None
 
 
-def encoded(text: str) -> bytes:
-    """A text that a model returned, as UTF-8. Raises ApiError 500 for half of a surrogate pair."""
+def encode_text(text: str) -> bytes:
+    """Encode a str that a model returned. Raises ApiError 500 for half of a surrogate pair."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise _not_sent(
-            f"a text whose character {error.start} is half of a surrogate pair, which UTF-8 cannot "
-            'carry: return text.encode("utf-8", "replace"), or correct what made it'
+        raise _unsendable_error(
+            f"a str with half of a surrogate pair at character {error.start}, which UTF-8 cannot "
+            'carry: return text.encode("utf-8", "replace"), or correct its source'
         ) from None
 
 
-def _not_sent(what: str) -> ApiError:
+def _unsendable_error(what: str) -> ApiError:
     return ApiError(
         500,
         f"The model returned {what}.",
@@ -66,21 +66,24 @@ def _not_sent(what: str) -> ApiError:
 
 
 def complete(value: Any) -> Response:
-    """A returned value: bytes and str as they are, anything else as JSON. Raises ApiError 500."""
+    """Turn a returned value into a Response: bytes and str as they are, anything else as JSON.
+
+    Raises ApiError 500.
+    """
     if isinstance(value, Response):
         return value
     if isinstance(value, bytes | bytearray | memoryview):
         return Response(bytes(value), BYTES)
     if isinstance(value, str):
-        return Response(encoded(value), TEXT)
+        return Response(encode_text(value), TEXT)
     return Response(model_json(value), JSON)
 
 
 def stream(values: Iterator[Any], events: bool) -> Iterator[Any]:
-    """First the content type (str), then the chunks (bytes) of what a model yields.
+    """Yield first the content type (str), then the chunks (bytes) of what a model yields.
 
-    Bytes leave as they are. JSON values leave one a line, or as server-sent events, whose last
-    one is ``event: done``. Closing this closes ``values``.
+    Bytes are sent as they are, JSON values one per line, or as server-sent events, the last of
+    which is ``event: done``. Closing this closes ``values``.
     """
     raw: bool | None = None
     try:
@@ -90,11 +93,11 @@ def stream(values: Iterator[Any], events: bool) -> Iterator[Any]:
                 raw = is_bytes
                 yield _content_type(value, raw, events)
             if is_bytes is not raw:
-                raise _not_sent(
+                raise _unsendable_error(
                     "both bytes and JSON values in one stream, which has one content type: yield "
                     "one kind only"
                 )
-            yield bytes(value) if raw else _framed(model_json(value), events)
+            yield bytes(value) if raw else _frame(model_json(value), events)
         if raw is None:
             yield EVENTS if events else LINES
         if events and not raw:
@@ -106,7 +109,7 @@ def stream(values: Iterator[Any], events: bool) -> Iterator[Any]:
 
 
 def error_event(body: dict[str, Any]) -> bytes:
-    """An error in a stream of events that has already begun."""
+    """Encode an error as an event of a stream that has already begun."""
     return b"event: error\ndata: " + as_json(body) + b"\n\n"
 
 
@@ -118,5 +121,5 @@ def _content_type(first: Any, raw: bool, events: bool) -> str:
     return EVENTS if events else LINES
 
 
-def _framed(value: bytes, events: bool) -> bytes:
+def _frame(value: bytes, events: bool) -> bytes:
     return b"data: " + value + b"\n\n" if events else value + b"\n"

@@ -1,4 +1,4 @@
-"""Whether a model's methods can be called as a worker calls them, found out before they are."""
+"""Check, before any call, that a model's methods accept the arguments that a worker passes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ CALLS = {
     "health": (),
     "longest_request": (),
 }
-"""Every method that a worker calls → the positional arguments it gets."""
+"""Every method that a worker calls → its positional arguments."""
 
 
 def check_calls(
     model: Any, target: str, calls: dict[str, tuple[str, ...]] = CALLS, keyword: str = ""
 ) -> None:
-    """Raises LoadError for the first of ``calls`` that ``model`` has and that cannot be called so.
+    """Raise LoadError for the first of ``calls`` that ``model`` has and that cannot be called so.
 
-    ``keyword``: a parameter that is filled by name in a method that has it.
+    ``keyword``: a parameter that is passed by name where a method has it.
     """
     for name, arguments in calls.items():
         method = getattr(model, name, None)
@@ -36,16 +36,16 @@ def check_calls(
             )
         try:
             signature = inspect.signature(method)
-        except (TypeError, ValueError):  # a builtin, which keeps its signature to itself
+        except (TypeError, ValueError):  # a builtin without a signature
             continue
-        shown = _without_annotations(signature)
+        parameters = _without_annotations(signature)
         try:
             named = {keyword: None} if keyword in signature.parameters else {}
             signature.bind(*arguments, **named)
         except TypeError as error:
             raise LoadError(
-                f"{target}.{name}{shown} cannot be called as {as_called}, which is how a worker "
-                f"calls it: {error}; change its parameters"
+                f"{target}.{name}{parameters} cannot be called as {as_called}: {error}; change its "
+                "parameters"
             ) from None
 
 

@@ -1,4 +1,4 @@
-"""What one worker is to serve: the JSON file that its launcher wrote, checked key by key."""
+"""Read a worker's spec, the JSON file that the launcher writes, and validate it key by key."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from typing import Any
 from workers.errors import LoadError
 
 DEFAULT_NAME = "default"
-"""The name that always reaches the model, and its first voice, whatever they are called."""
+"""The name that always stands for the model, and for its first voice."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Sizes are bytes, times are seconds, texts are counted in characters."""
+    """Sizes are in bytes, times in seconds, lengths of input in characters."""
 
     target: str
     args: dict[str, Any] = field(default_factory=dict)
     name: str = "model"
     aliases: tuple[str, ...] = ()
     voice_aliases: dict[str, str] = field(default_factory=dict)
-    """What callers may write for a voice → one of the model's voices."""
+    """Alias of a voice → one of the model's voices."""
     path: tuple[Path, ...] = ()
     queue_size: int = 8
     request_timeout: float = 60.0
     body_limit: int = 64 * 1024 * 1024
     input_limit: int = 16384
-    """OpenAI's is 4,096; whoever speaks with a model of their own may ask for more at once."""
+    """OpenAI's is 4,096; the models here may take more at once."""
     cache_dir: Path | None = None
     log_format: str = "text"
     """"text" or "json" """
     created: int = 0
-    """Unix time that /v1/models tells, the same on every worker of a farm: the spec file's own
-    where the document has none."""
+    """Unix time for /v1/models, the same on every worker of a farm; by default the time of the spec
+    file."""
 
     @property
     def names(self) -> list[str]:
-        """Every name that callers may write for the model, its own first."""
+        """All names that requests may use for the model, its own first."""
         return list(dict.fromkeys((self.name, *self.aliases, DEFAULT_NAME)))
 
 
@@ -53,7 +53,7 @@ _LOG_FORMATS = ("text", "json")
 
 
 def read_spec(file: Path) -> Spec:
-    """Raises LoadError with one line that names the file, the key, the value and the remedy."""
+    """Read a spec. Raises LoadError: one line with the file, the key, the value and the remedy."""
     try:
         text = file.read_text(encoding="utf-8")
         written = int(file.stat().st_mtime)
@@ -63,7 +63,7 @@ def read_spec(file: Path) -> Spec:
             permanent=isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError),
         ) from None
     except UnicodeDecodeError:
-        raise LoadError(f"spec {file}: not UTF-8 text; it has to be a JSON file") from None
+        raise LoadError(f"spec {file}: not UTF-8; give --spec a JSON file") from None
     try:
         spec = parse_spec(json.loads(text))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -74,34 +74,34 @@ def read_spec(file: Path) -> Spec:
 
 
 def parse_spec(document: Any) -> Spec:
-    """Raises LoadError naming the key."""
+    """Validate a parsed spec. Raises LoadError with the key."""
     top = _table(document, "the document", _KEYS)
     model = _table(top.get("model", {}), "model", _MODEL_KEYS)
     if "target" not in model:
         raise LoadError('model.target is missing; name a class, as "package.module:Class"')
     cache = top.get("cache_dir")
     return Spec(
-        target=_text(model["target"], "model.target"),
+        target=_string(model["target"], "model.target"),
         args=_arguments(model.get("args", {})),
-        name=_text(model.get("name", Spec.name), "model.name"),
-        aliases=tuple(_texts(model.get("aliases", []), "model.aliases")),
-        voice_aliases=_text_table(model.get("voice_aliases", {}), "model.voice_aliases"),
-        path=tuple(Path(folder) for folder in _texts(top.get("path", []), "path")),
-        queue_size=_whole(top.get("queue_size", Spec.queue_size), "queue_size", least=0),
+        name=_string(model.get("name", Spec.name), "model.name"),
+        aliases=tuple(_strings(model.get("aliases", []), "model.aliases")),
+        voice_aliases=_string_table(model.get("voice_aliases", {}), "model.voice_aliases"),
+        path=tuple(Path(folder) for folder in _strings(top.get("path", []), "path")),
+        queue_size=_integer(top.get("queue_size", Spec.queue_size), "queue_size", minimum=0),
         request_timeout=_seconds(
             top.get("request_timeout", Spec.request_timeout), "request_timeout"
         ),
-        body_limit=_whole(top.get("body_limit", Spec.body_limit), "body_limit", least=1),
-        input_limit=_whole(top.get("input_limit", Spec.input_limit), "input_limit", least=1),
-        cache_dir=None if cache is None else Path(_text(cache, "cache_dir")),
+        body_limit=_integer(top.get("body_limit", Spec.body_limit), "body_limit", minimum=1),
+        input_limit=_integer(top.get("input_limit", Spec.input_limit), "input_limit", minimum=1),
+        cache_dir=None if cache is None else Path(_string(cache, "cache_dir")),
         log_format=_log_format(top.get("log_format", Spec.log_format)),
-        created=_whole(top.get("created", Spec.created), "created", least=0),
+        created=_integer(top.get("created", Spec.created), "created", minimum=0),
     )
 
 
 def _table(value: Any, where: str, keys: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise LoadError(f"{where} is {_shown(value)}; a JSON object is needed")
+        raise LoadError(f"{where} must be a JSON object, got {_formatted(value)}")
     for key in value:
         if key not in keys:
             near = difflib.get_close_matches(key, keys, n=1)
@@ -112,46 +112,48 @@ def _table(value: Any, where: str, keys: tuple[str, ...]) -> dict[str, Any]:
 
 def _arguments(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise LoadError(f"model.args is {_shown(value)}; an object of keyword arguments is needed")
+        raise LoadError(
+            f"model.args must be an object of keyword arguments, got {_formatted(value)}"
+        )
     return value
 
 
-def _text(value: Any, key: str) -> str:
+def _string(value: Any, key: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise LoadError(f"{key} is {_shown(value)}; a text that is not empty is needed")
+        raise LoadError(f"{key} must be a non-empty string, got {_formatted(value)}")
     return value
 
 
-def _texts(value: Any, key: str) -> list[str]:
+def _strings(value: Any, key: str) -> list[str]:
     if not isinstance(value, list):
-        raise LoadError(f"{key} is {_shown(value)}; a list of texts is needed")
-    return [_text(item, f"{key}[{index}]") for index, item in enumerate(value)]
+        raise LoadError(f"{key} must be a list of strings, got {_formatted(value)}")
+    return [_string(item, f"{key}[{index}]") for index, item in enumerate(value)]
 
 
-def _text_table(value: Any, key: str) -> dict[str, str]:
+def _string_table(value: Any, key: str) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise LoadError(f"{key} is {_shown(value)}; an object of texts is needed")
-    return {name: _text(item, f"{key}.{name}") for name, item in value.items()}
+        raise LoadError(f"{key} must be an object of strings, got {_formatted(value)}")
+    return {name: _string(item, f"{key}.{name}") for name, item in value.items()}
 
 
-def _whole(value: Any, key: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise LoadError(f"{key} is {_shown(value)}; a whole number of at least {least} is needed")
+def _integer(value: Any, key: str, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise LoadError(f"{key} must be an integer of at least {minimum}, got {_formatted(value)}")
     return value
 
 
 def _seconds(value: Any, key: str) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value <= 0:
-        raise LoadError(f"{key} is {_shown(value)}; a number of seconds above 0 is needed")
+        raise LoadError(f"{key} must be a positive number of seconds, got {_formatted(value)}")
     return float(value)
 
 
 def _log_format(value: Any) -> str:
     if value not in _LOG_FORMATS:
-        raise LoadError(f'log_format is {_shown(value)}; it must be "text" or "json"')
+        raise LoadError(f'log_format must be "text" or "json", got {_formatted(value)}')
     return str(value)
 
 
-def _shown(value: Any) -> str:
+def _formatted(value: Any) -> str:
     return json.dumps(value)[:80]

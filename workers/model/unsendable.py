@@ -1,4 +1,4 @@
-"""What of a model's answer JSON cannot carry, where it is, and what to return instead."""
+"""Explain which part of a model's result JSON cannot carry, and what to return instead."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _MAX_DEPTH = 900
-"""Levels that are searched; json itself gives up near the interpreter's limit of 1,000."""
+"""Levels to search; json itself gives up near the interpreter's limit of 1,000."""
 
 _REMEDIES = (
     (("set", "frozenset", "deque", "dict_keys", "dict_values"), "return a list"),
@@ -32,8 +32,8 @@ def plain(value: Any) -> Any:
 
 
 def unsendable(value: Any, error: Exception) -> str:
-    """``a set at ["tags"], which JSON cannot carry: return a list``: why json.dumps failed with
-    ``error`` on ``value``."""
+    """Explain why json.dumps failed with ``error`` on ``value``: ``a set at ["tags"], which JSON
+    cannot carry: return a list``."""
     if isinstance(error, RecursionError) or "Circular reference" in str(error):
         return "a value that is nested too deeply, or within itself: return a flat one"
     for found in _faults(value, "", 0):
@@ -42,7 +42,7 @@ def unsendable(value: Any, error: Exception) -> str:
 
 
 def _faults(value: Any, where: str, depth: int) -> Iterator[str]:
-    """Every part that cannot be sent, in order; lazily, since the first one is enough."""
+    """Yield every part that cannot be sent, in order; lazily, since the first one is enough."""
     if depth > _MAX_DEPTH or value is None or isinstance(value, str | bool | int):
         return
     if isinstance(value, float):
@@ -51,7 +51,7 @@ def _faults(value: Any, where: str, depth: int) -> Iterator[str]:
     elif isinstance(value, dict):
         for key, item in value.items():
             if not (key is None or isinstance(key, str | int | float)):
-                yield f"a dict{_at(where)} with a {type(key).__name__} as a key: use texts"
+                yield f"a dict{_at(where)} with a {type(key).__name__} as a key: use strings"
             yield from _faults(item, f"{where}[{key!r:.60}]", depth + 1)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
@@ -92,4 +92,4 @@ def _remedy(value: Any) -> str:
     for names, remedy in _REMEDIES:
         if name in names:
             return remedy
-    return "return numbers, texts, lists and dicts"
+    return "return numbers, strings, lists and dicts"

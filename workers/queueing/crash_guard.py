@@ -1,10 +1,10 @@
-"""Which request every worker of the farm is running: a small file that outlives their processes.
+"""Record which request every worker of the farm is running, in a file that outlives the workers.
 
-The balancer sends a request again when its worker dies. A request that kills whoever runs it would
-so end one worker after another; here the next one sees what became of those before it.
+The balancer retries a request when its worker dies. A request that crashes every worker would take
+down one after another; with this file the next worker knows how many it has crashed.
 
-Each worker writes its own row alone, of `ROW` bytes: the key of the request that it runs, then of
-those during which its process ended. A key is 32 characters, the balancer's own for one request.
+Each worker writes only its own row of `ROW` bytes: the key of the request that it runs, then those
+that crashed it. A key is the balancer's id of one request, 32 characters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 FILE = "running-requests"
 MAX_CRASHES = 2
-"""A request that ended so many workers is given to no other."""
+"""A request that crashed this many workers is not run again."""
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _BYTES = 32
@@ -26,10 +26,10 @@ _NONE = bytes(_BYTES)
 
 
 class CrashGuard:
-    """One worker's view. Without a file, or where it cannot be written, nothing is ever refused."""
+    """One worker's view. Without a file, or where it is not writable, it rejects nothing."""
 
     def __init__(self, folder: Path | None, worker_id: str) -> None:
-        """Opens the file and moves aside what an earlier process of this worker left unfinished."""
+        """Open the file, and record a crash for the request of this worker's last process."""
         self._fd: int | None = None
         number = re.fullmatch(r"w([1-9][0-9]{0,3})", worker_id)
         if folder is None or number is None:
@@ -38,7 +38,7 @@ class CrashGuard:
         with suppress(OSError):
             fd = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                os.posix_fallocate(fd, self._at, ROW)  # so that a full disk is met here and now
+                os.posix_fallocate(fd, self._at, ROW)  # so that a full disk fails here
                 row = os.pread(fd, ROW, self._at)
                 if row[:_BYTES] != _NONE:
                     os.pwrite(fd, _NONE + row[:-_BYTES], self._at)
@@ -49,11 +49,11 @@ class CrashGuard:
 
     @staticmethod
     def key(header: str) -> str:
-        """The key that the balancer gave a request; empty where it is none."""
+        """Return the balancer's id of a request; empty where the header is not one."""
         return header if _KEY.fullmatch(header) else ""
 
     def ended(self, key: str) -> int:
-        """How many workers' processes ended while they ran this request. Some microseconds."""
+        """Count the worker processes that ended while they ran this request. Takes microseconds."""
         if self._fd is None or not key:
             return 0
         with suppress(OSError):
@@ -61,11 +61,11 @@ class CrashGuard:
         return 0
 
     def begin(self, key: str) -> None:
-        """This worker runs the request from now on; an empty key stands for none."""
+        """Record that this worker runs the request; an empty key stands for none."""
         if self._fd is not None:
             with suppress(OSError):
                 os.pwrite(self._fd, key.encode() or _NONE, self._at)
 
     def end(self) -> None:
-        """The request is over, and this process still there."""
+        """Record that the request is over, without a crash."""
         self.begin("")

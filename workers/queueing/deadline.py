@@ -1,4 +1,4 @@
-"""How long one request may take: one deadline, whichever workers it is tried on."""
+"""The time limit of a request: one deadline across all workers that the balancer tries."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import time
 from workers.errors import invalid
 
 _OLDEST = 3600.0
-"""Seconds since the balancer took a request in, or four times its limit where that is longer. A
-header that says more than this comes from another clock."""
+"""Largest plausible age of a request in seconds, or four times its limit where that is longer. A
+header with a greater age comes from another clock."""
 
 _CLOCK_STEP = 1.0
 """Seconds by which X-Request-Start may lie in the future: it is rounded."""
 
 
 class TimeLimit:
-    """Runs from when the balancer took the request in (X-Request-Start: Unix seconds, the same at
-    every worker that it tries), else from now."""
+    """Starts when the balancer received the request (X-Request-Start: Unix seconds, the same on
+    every worker that it tries), else now."""
 
     def __init__(self, seconds: float, started: str) -> None:
-        """``seconds``: what is configured. ``started``: the header, empty where there is none."""
+        """``seconds``: the configured limit. ``started``: the header, empty if missing."""
         self.seconds = seconds
         self.began = time.monotonic() - _age(started, seconds)
-        self._named = "workers.request_timeout"
+        self._source = "workers.request_timeout"
 
     def __str__(self) -> str:
-        return f"{self.seconds:g} s ({self._named})"
+        return f"{self.seconds:g} s ({self._source})"
 
     @property
     def deadline(self) -> float:
@@ -34,27 +34,27 @@ class TimeLimit:
         return self.began + self.seconds
 
     @property
-    def left(self) -> float:
+    def remaining(self) -> float:
         """Seconds until the deadline; 0 when it has passed."""
         return max(0.0, self.deadline - time.monotonic())
 
-    def shorten(self, asked: str) -> None:
-        """To what X-Request-Timeout asks for. Raises ApiError 400 for what is no time."""
+    def shorten(self, requested: str) -> None:
+        """Lower the limit to X-Request-Timeout. Raises ApiError 400 where it is not a duration."""
         try:
-            seconds = float(asked)
+            seconds = float(requested)
         except ValueError:
             seconds = math.nan
         if not (math.isfinite(seconds) and seconds > 0):
             raise invalid(
-                f"X-Request-Timeout is {asked[:40]!r}; a number of seconds above 0 is needed.",
+                f"X-Request-Timeout must be a positive number of seconds, got {requested[:40]!r}.",
                 "X-Request-Timeout",
             )
         if seconds < self.seconds:
-            self.seconds, self._named = seconds, "X-Request-Timeout"
+            self.seconds, self._source = seconds, "X-Request-Timeout"
 
 
 def _age(started: str, seconds: float) -> float:
-    """Seconds since then; 0 where the header is missing or not sane."""
+    """Seconds since the request started; 0 where the header is missing or implausible."""
     try:
         age = time.time() - float(started) if started else 0.0
     except ValueError:

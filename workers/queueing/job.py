@@ -1,6 +1,6 @@
-"""One admitted request: from its place in the queue to the last item of what the model makes.
+"""One admitted request: from its place in the queue to the last item of the model's result.
 
-The device thread runs it and is as far ahead of its reader as a bound in bytes allows; everything
+The device thread runs it and may be ahead of its reader by a bounded number of bytes; everything
 else here runs on the event loop, except where a docstring says "device thread".
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, Any, Literal
 
-from workers.errors import ModelFailed, reduced
+from workers.errors import ModelFailed, without_frames
 from workers.model.contract import Work
 
 if TYPE_CHECKING:
@@ -24,50 +24,50 @@ if TYPE_CHECKING:
 
 MAX_UNREAD = 8 * 2**20
 """Bytes of a stream that the device thread may be ahead of a slow reader: 87 s of 24 kHz float32
-audio. One item more is in the reader's hands and one in the model's."""
+audio. The reader and the model hold one more item each."""
 
-FLOOR = 16 * 1024
-"""Bytes a second, as the model yields them, below which a reader for which the device waits is cut
-off: half of what speech of telephone quality takes (8 kHz float32), so no listener is."""
+MIN_BYTES_PER_SECOND = 16 * 1024
+"""Bytes per second, as the model yields them, below which a reader that keeps the device waiting is
+cut off: half of telephone quality speech (8 kHz float32), so listeners never are."""
 
-FLOOR_SECONDS = 10.0
-"""Seconds of the device's waiting over which that pace is measured: longer than the kernel's
-buffers take to move on, and short against what others lose meanwhile."""
+SLOW_READER_WINDOW = 10.0
+"""Seconds of device waiting over which that rate is measured: longer than the kernel's buffers take
+to drain, and short for the requests in the queue."""
 
-_LOOK = 0.05
-"""Seconds after which a device that waits for a reader looks at the deadline."""
+_POLL_INTERVAL = 0.05
+"""Seconds between two checks of the deadline while the device waits for a reader."""
 
 Stage = Literal["waiting", "running", "streaming"]
 
 
-class Abandoned(Exception):  # noqa: N818 - an answer, not a fault
-    """The work was dropped in ``stage``."""
+class Dropped(Exception):  # noqa: N818 - an outcome, not a failure
+    """The job ended in ``stage``, without its result."""
 
     reason = "dropped"
-    """One word for the metrics."""
+    """Label in the metrics."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(f"dropped while {stage}")
         self.stage: Stage = stage
 
 
-class DeadlinePassed(Abandoned):
+class DeadlinePassed(Dropped):
     reason = "deadline"
 
 
-class CallerLeft(Abandoned):
+class ClientDisconnected(Dropped):
     reason = "caller"
 
 
-class SlowReader(Abandoned):
-    """The device waited for a caller that took the stream too slowly."""
+class SlowReader(Dropped):
+    """The client read the stream too slowly while the device waited."""
 
     reason = "slow_reader"
 
     def __str__(self) -> str:
         return (
-            f"The stream was read at less than {FLOOR // 1024} KiB/s over {FLOOR_SECONDS:g} s for "
-            "which the device waited"
+            f"The stream was read at less than {MIN_BYTES_PER_SECOND // 1024} KiB/s over "
+            f"{SLOW_READER_WINDOW:g} s while the device waited"
         )
 
 
@@ -79,7 +79,7 @@ class Job:
     ) -> None:
         self.work = work
         self.key = key
-        """The balancer's name of the request, by which it is known again on another worker."""
+        """The balancer's id of the request, the same on every worker."""
         self.streams = False
         """Whether the call returned an iterator; known with the first item."""
         self.admitted = time.perf_counter()
@@ -98,29 +98,29 @@ class Job:
         self._taken_bytes = 0
         self._delivered_bytes = 0.0
         self._held_bytes = 0
-        self._paced_from = (0.0, 0.0)
-        self._over = False
+        self._window_start = (0.0, 0.0)
+        self._done = False
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._room = threading.Event()
         self._timer: asyncio.TimerHandle | None = None
-        self._ticket: Future[None] | None = None
+        self._future: Future[None] | None = None
 
     @property
     def queue_seconds(self) -> float:
-        """How long it waited, or has been waiting."""
+        """Seconds that it waited, or has been waiting."""
         return (self.started or time.perf_counter()) - self.admitted
 
     @property
     def service_seconds(self) -> float:
-        """How long it has had the device; 0 before it ran."""
+        """Seconds that it has held the device; 0 before it ran."""
         if self.started is None:
             return 0.0
         return (self.ended or time.perf_counter()) - self.started
 
     @property
     def busy_seconds(self) -> float:
-        """How long the device has worked on it."""
+        """Seconds that the device has worked on it, without waiting for its reader."""
         return self.service_seconds - self.waited
 
     @property
@@ -138,11 +138,11 @@ class Job:
         return self
 
     async def __anext__(self) -> Any:
-        """Raises what the model raised (reduced), DeadlinePassed, or CallerLeft."""
+        """Return the next item. Raises what the model raised (without its frames), or a Dropped."""
         while not self._items:
             if self._error is not None:
                 raise self._error
-            if self._over:
+            if self._done:
                 raise StopAsyncIteration
             self._waiter = self._loop.create_future()
             await self._waiter
@@ -154,40 +154,40 @@ class Job:
         return item
 
     def delivered(self, share: float) -> None:
-        """Of the item that was taken last, so much has gone to the caller: 0 to 1."""
+        """Record the share, 0 to 1, of the last item that has been sent to the client."""
         self._delivered_bytes = self._taken_bytes - self._held_bytes * (1 - share)
 
-    def leave(self) -> None:
-        """The caller has gone: wait no more, run no more, stream no more."""
-        if not self._over:
-            self._abandon(CallerLeft)
+    def cancel(self) -> None:
+        """Drop the job, because the client has disconnected. Nothing to do after its end."""
+        if not self._done:
+            self._drop(ClientDisconnected)
 
     def _begin(self, executor: Executor) -> None:
         if self.work.deadline is not None:
             left = max(0.0, self.work.deadline - time.monotonic())
             self._timer = self._loop.call_later(left, self._expire)
-        self._ticket = executor.submit(self._run)
+        self._future = executor.submit(self._run)
 
     def _expire(self) -> None:
-        if not self._over:
-            self._abandon(DeadlinePassed)
+        if not self._done:
+            self._drop(DeadlinePassed)
 
-    def _abandon(self, reason: type[Abandoned]) -> None:
+    def _drop(self, reason: type[Dropped]) -> None:
         stage = self.stage
         self.work.cancel()
         self._room.set()
-        assert self._ticket is not None
-        if self._ticket.cancel():
-            # It never ran and never will: its place is free at once.
+        assert self._future is not None
+        if self._future.cancel():
+            # It never ran and never will: release its place in the queue at once.
             self._call = None
-            self._queue._free()
+            self._queue._release()
         self._items.clear()
         self._close(reason(stage))
         if self.on_dropped is not None:
             self.on_dropped()
 
     def _close(self, error: Exception | None) -> None:
-        self._over = True
+        self._done = True
         self._error = error
         if self._timer is not None:
             self._timer.cancel()
@@ -197,24 +197,24 @@ class Job:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _arrive(self, item: Any, size: int) -> None:
-        if not self._over:
+    def _receive(self, item: Any, size: int) -> None:
+        if not self._done:
             self._items.append((item, size))
             self._wake()
 
     def _finish(self, error: Exception | None, *last: Any) -> None:
-        """The device thread is done with it, whether anyone still waits or not."""
+        """Called when the device thread is done with it, also where it was dropped meanwhile."""
         assert self.started is not None
         assert self.ended is not None
-        self._queue._served(self.ended - self.started, error)
-        if not self._over:
+        self._queue._job_ended(self.ended - self.started, error)
+        if not self._done:
             self._items.extend((item, 0) for item in last)
             self._close(error)
 
     def _run(self) -> None:
         """Device thread."""
         if self._queue.closed:
-            # The process is about to end: without an answer, the balancer asks another worker.
+            # The process is about to exit: without a response, the balancer tries another worker.
             return
         self.started = time.perf_counter()
         self._queue._current = self
@@ -222,9 +222,9 @@ class Job:
         error: Exception | None = None
         last: tuple[Any, ...] = ()
         try:
-            last = self._called()
+            last = self._call_model()
         except BaseException as raised:
-            error = reduced(raised)
+            error = without_frames(raised)
         self._call = None
         self._queue.crash_guard.end()
         self._queue._current = None
@@ -234,8 +234,8 @@ class Job:
         with contextlib.suppress(RuntimeError):  # the loop is gone after a drain's deadline
             self._loop.call_soon_threadsafe(self._finish, error, *last)
 
-    def _called(self) -> tuple[Any, ...]:
-        """Device thread. The value as the last item; a stream's items leave on their own."""
+    def _call_model(self) -> tuple[Any, ...]:
+        """Device thread. Return the value as the last item; post a stream's items one by one."""
         self.work.check()
         assert self._call is not None
         value = self._call()
@@ -244,7 +244,7 @@ class Job:
         self.streams = True
         try:
             for item in value:
-                self._await_room()
+                self._wait_for_room()
                 self._post(item)
         finally:
             close = getattr(value, "close", None)
@@ -257,40 +257,40 @@ class Job:
         size = _size(item)
         self._posted = True
         self._posted_bytes += size
-        self._loop.call_soon_threadsafe(self._arrive, item, size)
+        self._loop.call_soon_threadsafe(self._receive, item, size)
 
-    def _await_room(self) -> None:
-        """Device thread. With an item in hand, and only then: after its last one the model never
-        waits for a reader."""
+    def _wait_for_room(self) -> None:
+        """Device thread. Called only with an item to post: after its last one the model never waits
+        for a reader."""
         while True:
-            self._room.clear()  # before looking, so that what is taken meanwhile wakes it
+            self._room.clear()  # before the check, so that an item taken meanwhile wakes it
             self.work.check()
             if self._posted_bytes - self._taken_bytes <= MAX_UNREAD:
                 return
             began = time.perf_counter()
-            self._room.wait(_LOOK)
+            self._room.wait(_POLL_INTERVAL)
             self.waited += time.perf_counter() - began
-            self._check_pace()
+            self._check_reading_rate()
 
-    def _check_pace(self) -> None:
-        """Device thread. Drops the job of a reader that is too slow for what it costs others."""
-        waited, delivered = self._paced_from
+    def _check_reading_rate(self) -> None:
+        """Device thread. Drop the job where its reader is too slow."""
+        waited, delivered = self._window_start
         seconds = self.waited - waited
-        if seconds < FLOOR_SECONDS:
+        if seconds < SLOW_READER_WINDOW:
             return
-        if self._delivered_bytes - delivered < FLOOR * seconds:
+        if self._delivered_bytes - delivered < MIN_BYTES_PER_SECOND * seconds:
             self.work.cancel()
-            self._loop.call_soon_threadsafe(self._drop_for_pace)
+            self._loop.call_soon_threadsafe(self._drop_slow_reader)
             self.work.check()
-        self._paced_from = self.waited, self._delivered_bytes
+        self._window_start = self.waited, self._delivered_bytes
 
-    def _drop_for_pace(self) -> None:
-        if not self._over:
-            self._abandon(SlowReader)
+    def _drop_slow_reader(self) -> None:
+        if not self._done:
+            self._drop(SlowReader)
 
 
 def _size(item: Any) -> int:
-    """Bytes that an item of a stream takes, as far as it says so."""
+    """Size of a stream's item in bytes, as far as it is known."""
     if isinstance(item, bytes):
         return len(item)
     size = getattr(item, "nbytes", None)  # arrays and tensors

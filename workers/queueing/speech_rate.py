@@ -1,8 +1,8 @@
-"""How fast this worker speaks, as measured, and what can therefore not be spoken in time.
+"""Measure how fast this worker speaks, and reject input that would not finish in time.
 
-An estimate from below, so that nothing is refused which could be done: what a request takes at all
-(the fastest one seen) is left out of the rate, of the rates the low ones count, and a speed counts
-only where it makes the request shorter.
+The rate is a lower bound, so that nothing feasible is rejected: the fixed cost of a request (the
+fastest one observed) is subtracted, a low quantile of the rates is used, and a speed counts only
+where it makes the request shorter.
 """
 
 from __future__ import annotations
@@ -13,41 +13,41 @@ from workers.errors import ApiError, invalid
 from workers.model.contract import SpeechRequest
 from workers.queueing.deadline import TimeLimit
 
-ENOUGH = 8
-"""Requests that have to be measured before any is refused."""
+MIN_REQUESTS = 8
+"""Requests to measure before any is rejected."""
 
-SHORTEST = 40
-"""Characters of a request that says something of the rate; a shorter one is mostly noise."""
+MIN_CHARACTERS = 40
+"""Length in characters from which a request is measured; a shorter one is mostly noise."""
 
 _KEPT = 64
 _LOW = 0.1  # the quantile that counts
 
 
-class Pace:
-    """Device seconds for each character of input. Lives on the event loop."""
+class SpeechRate:
+    """Device seconds per character of input. Used on the event loop only."""
 
     def __init__(self) -> None:
         self._fastest = float("inf")
         self._measured: deque[tuple[float, float]] = deque(maxlen=_KEPT)
 
     def add(self, request: SpeechRequest, seconds: float) -> None:
-        """Count a request that was spoken to its end and had the device for ``seconds``."""
+        """Record a complete request that held the device for ``seconds``."""
         self._fastest = min(self._fastest, seconds)
-        if len(request.input) >= SHORTEST:
+        if len(request.input) >= MIN_CHARACTERS:
             at_full_length = min(1.0, request.speed) / len(request.input)
             self._measured.append((seconds, at_full_length))
 
     def rate(self) -> float:
-        """Seconds a character takes, from below; 0 before enough requests were measured."""
-        if len(self._measured) < ENOUGH:
+        """A lower bound of the seconds per character; 0 before enough requests were measured."""
+        if len(self._measured) < MIN_REQUESTS:
             return 0.0
         rates = sorted((seconds - self._fastest) * share for seconds, share in self._measured)
         return rates[int(_LOW * len(rates))]
 
     def check(self, request: SpeechRequest, limit: TimeLimit) -> None:
-        """Raises ApiError 400 with the numbers, for what cannot be spoken in a request's time.
+        """Raise ApiError 400 with the numbers, where the input cannot be spoken within the limit.
 
-        That is its whole time, not what other workers left of it: the same text would do then.
+        The whole limit counts, not what other workers left of it: a retry would succeed then.
         """
         rate = self.rate() * min(1.0, 1 / request.speed)
         count = len(request.input)
@@ -57,8 +57,8 @@ class Pace:
 
 def _too_long(count: int, rate: float, limit: TimeLimit) -> ApiError:
     return invalid(
-        f"input of {count} characters would take about {rate * count:.0f} s at the measured "
-        f"{1000 * rate:.3g} ms per character; a request may take {limit}: shorten the input, or "
-        f"raise that limit.",
+        f"input is too long: {count} characters would take about {rate * count:.0f} s at the "
+        f"measured {1000 * rate:.3g} ms per character, and the limit is {limit}; shorten the "
+        f"input, or raise the limit.",
         "input",
     )

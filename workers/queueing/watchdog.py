@@ -1,4 +1,4 @@
-"""A model that does not come back: the process ends, and whoever supervises it starts another."""
+"""Exit when a model call hangs, so that supervisord restarts the worker."""
 
 from __future__ import annotations
 
@@ -14,48 +14,50 @@ from workers.queueing.queue import RequestQueue
 EXIT_STUCK = 1
 GRACE = 5.0
 """Seconds beyond twice the longest request."""
-_CHECKS = 20
-"""How often the patience is divided; a look costs microseconds."""
+_CHECKS_PER_TIMEOUT = 20
+"""A check costs microseconds."""
 
 
-def patience(request_timeout: float) -> float:
-    """Seconds a call may have the device. Its caller was answered 504 after the first half, and a
-    model that is only slow may still come back in the second."""
+def call_timeout(request_timeout: float) -> float:
+    """Seconds that a call may hold the device. Its client got a 504 after the first half; a model
+    that is merely slow may return in the second."""
     return 2 * request_timeout + GRACE
 
 
-def report_patience(request_timeout: float) -> float:
-    """Seconds a call of health() may have the device: so few that a request which waits behind it
-    still has half of its time when this process has ended and another worker gets it."""
+def health_timeout(request_timeout: float) -> float:
+    """Seconds that health() may hold the device: so few that a request which waits behind it still
+    has half of its time when this process has exited and another worker gets it."""
     return max(GRACE, request_timeout / 2)
 
 
-def watch(queue: RequestQueue, request_timeout: float) -> None:
-    """End this process once a call has had the device for longer than the patience."""
-    limits = patience(request_timeout), report_patience(request_timeout)
-    threading.Thread(target=_watch, args=(queue, *limits), name="watch", daemon=True).start()
+def start_watchdog(queue: RequestQueue, request_timeout: float) -> None:
+    """Start the thread that exits this process once a call exceeds its timeout."""
+    limits = call_timeout(request_timeout), health_timeout(request_timeout)
+    threading.Thread(
+        target=_run_watchdog, args=(queue, *limits), name="watchdog", daemon=True
+    ).start()
 
 
-def _watch(queue: RequestQueue, limit: float, report_limit: float) -> None:
+def _run_watchdog(queue: RequestQueue, limit: float, health_limit: float) -> None:
     while True:
-        seconds, report_seconds = queue.running_seconds, queue.aside_seconds
-        if seconds > limit or report_seconds > report_limit:
+        seconds, health_seconds = queue.running_seconds, queue.internal_seconds
+        if seconds > limit or health_seconds > health_limit:
             break
-        time.sleep(min(5.0, limit / _CHECKS))
+        time.sleep(min(5.0, limit / _CHECKS_PER_TIMEOUT))
     log.critical(
-        "a call of the model has not come back for %.0f s; ending with %d, it was in: %s",
-        max(seconds, report_seconds),
+        "a call of the model has not returned for %.0f s; exiting with %d, it was in: %s",
+        max(seconds, health_seconds),
         EXIT_STUCK,
-        _where(),
+        _device_thread_stack(),
     )
     os._exit(EXIT_STUCK)
 
 
-def _where() -> str:
+def _device_thread_stack() -> str:
     """The innermost frames of the device thread."""
     frames = sys._current_frames()
     for thread in threading.enumerate():
         if thread.name.startswith("device") and thread.ident in frames:
             stack = traceback.extract_stack(frames[thread.ident])[-3:]
             return " < ".join(f"{f.name} ({f.filename}:{f.lineno})" for f in reversed(stack))
-    return "a place unknown"
+    return "an unknown place"

@@ -25,9 +25,11 @@ def test_the_smallest_bucket_that_holds_the_position(position: int, bucket: int)
     assert ran == [bucket]
 
 
-def test_past_the_last_bucket_is_refused() -> None:
+def test_position_past_the_last_bucket_is_rejected() -> None:
     engine, ran = recorder([4, 16])
-    with pytest.raises(ValueError, match="position 16 is past the longest bucket, 16"):
+    with pytest.raises(
+        ValueError, match="position must be less than the longest bucket, 16, got 16"
+    ):
         engine.run(16)
     assert ran == []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from workers.engines.placement import Node, counts, excess_on_cpu, refusal
+from workers.engines.placement import Node, counts, excess_on_cpu, rejection
 
 
 def nodes(**placed: list[str]) -> list[Node]:
@@ -33,7 +33,7 @@ def nodes(**placed: list[str]) -> list[Node]:
         ),
     ],
 )
-def test_what_the_cpu_may_run_beside_a_gpu(
+def test_nodes_allowed_on_the_cpu_beside_a_gpu(
     placed: dict[str, list[str]], expected: str | None
 ) -> None:
     assert excess_on_cpu(nodes(**placed)) == expected
@@ -53,10 +53,10 @@ def test_what_the_cpu_may_run_beside_a_gpu(
         ),
     ],
 )
-def test_what_the_provider_that_was_asked_for_has_to_run(
+def test_minimum_share_of_the_requested_provider(
     asked: str, placed: dict[str, list[str]], expected: str | None
 ) -> None:
-    assert refusal(asked, nodes(**placed)) == expected
+    assert rejection(asked, nodes(**placed)) == expected
 
 
 def test_nodes_are_counted_by_provider() -> None:

@@ -1,4 +1,4 @@
-"""/predict and what a worker tells of itself, over HTTP."""
+"""/predict and the status routes, over HTTP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.workers.harness import PATIENCE, WorkerProcess, eventually
+from tests.workers.harness import TIMEOUT, WorkerProcess, eventually
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     return error
 
 
-def test_json_in_and_out(echo: WorkerProcess) -> None:
+def test_json_request_and_response(echo: WorkerProcess) -> None:
     answer = echo.predict({"a": [1, None, "é"]})
     assert answer.json() == {"echo": {"a": [1, None, "é"]}}
     assert answer.headers["content-type"] == "application/json"
@@ -58,7 +58,7 @@ def test_json_in_and_out(echo: WorkerProcess) -> None:
     assert echo.predict("device").json() == {"device": "cpu"}
 
 
-def test_other_types_arrive_as_bytes(echo: WorkerProcess) -> None:
+def test_other_content_types_arrive_as_bytes(echo: WorkerProcess) -> None:
     answer = echo.client.post("/predict", content=b"abc", headers={"content-type": "image/png"})
     assert answer.content == b"cba"
     assert answer.headers["content-type"] == "application/octet-stream"
@@ -68,7 +68,7 @@ def test_other_types_arrive_as_bytes(echo: WorkerProcess) -> None:
 
 
 @pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", ""])
-def test_json_that_is_not_called_so(echo: WorkerProcess, kind: str) -> None:
+def test_undeclared_json_is_parsed(echo: WorkerProcess, kind: str) -> None:
     """`curl -d '{"a": 1}'` calls its body a form."""
     headers = {"content-type": kind} if kind else {}
     for body, answer in ((b' {"a": 1}', b'{"echo":{"a":1}}'), (b"[2]", b'{"echo":[2]}')):
@@ -77,7 +77,7 @@ def test_json_that_is_not_called_so(echo: WorkerProcess, kind: str) -> None:
         assert echo.client.post("/predict", content=body, headers=headers).content == body[::-1]
 
 
-def test_every_answer_says_who_and_how_long(echo: WorkerProcess) -> None:
+def test_every_response_has_ids_and_timings(echo: WorkerProcess) -> None:
     answer = echo.predict(1, headers={"X-Request-ID": "abc-1.2"})
     assert answer.headers["x-worker-id"] == "w1"
     assert answer.headers["x-request-id"] == "abc-1.2"
@@ -85,7 +85,8 @@ def test_every_answer_says_who_and_how_long(echo: WorkerProcess) -> None:
     assert float(answer.headers["x-inference-time-ms"]) >= 0
     assert answer.headers["server-timing"].startswith("queue;dur=")
     eventually(
-        lambda: "id=abc-1.2 method=POST path=/predict status=200" in echo.log, "its line in the log"
+        lambda: "id=abc-1.2 method=POST path=/predict status=200" in echo.log,
+        "its access log record",
     )
     made = echo.predict(1, headers={"X-Request-ID": "a b\tc"}).headers["x-request-id"]
     assert re.fullmatch("[0-9a-f]{32}", made)
@@ -103,7 +104,7 @@ def test_every_answer_says_who_and_how_long(echo: WorkerProcess) -> None:
         ("é".encode("utf-16"), None),
     ],
 )
-def test_large_numbers_that_a_float_holds_are_taken(
+def test_large_numbers_within_a_float_are_accepted(
     echo: WorkerProcess, body: bytes, value: Any
 ) -> None:
     content_type = {"content-type": "application/json"}
@@ -142,12 +143,12 @@ def test_a_compressed_body_is_415(echo: WorkerProcess, encoding: str) -> None:
         (b"hello\r\n\r\n", "method"),
     ],
 )
-def test_what_is_no_http_is_answered_in_json(
+def test_invalid_http_is_answered_in_json(
     echo: WorkerProcess, request_bytes: bytes, words: str
 ) -> None:
     """No client sends these, so a socket does."""
     url = httpx.URL(echo.url)
-    with socket.create_connection((url.host, url.port or 0), timeout=PATIENCE) as connection:
+    with socket.create_connection((url.host, url.port or 0), timeout=TIMEOUT) as connection:
         connection.sendall(request_bytes)
         answer = http.client.HTTPResponse(connection)
         answer.begin()
@@ -224,7 +225,7 @@ def test_probes_and_health(echo: WorkerProcess) -> None:
     assert echo.client.get("/longest_request").json()["json"] == {"longest": True}
 
 
-def test_the_public_sees_no_more_than_what_serves(echo: WorkerProcess) -> None:
+def test_public_health_reveals_nothing_of_the_machine(echo: WorkerProcess) -> None:
     """The balancer marks what it passes on."""
     public = {"X-Farm-Request": "0123456789abcdef" * 2}
     assert echo.client.get("/health", headers=public).json() == {
@@ -253,7 +254,7 @@ def test_models(echo: WorkerProcess) -> None:
     assert error_of(echo.client.get("/v1/models/none"))["code"] == "model_not_found"
 
 
-def test_the_spec_says_when_the_model_was_created(tmp_path: Path) -> None:
+def test_created_comes_from_the_spec(tmp_path: Path) -> None:
     with WorkerProcess(
         tmp_path, "tests.workers.models.plain:Echo", spec={"created": 1234567890}
     ) as worker:
@@ -278,7 +279,7 @@ def test_metrics(echo: WorkerProcess) -> None:
 
 
 @pytest.mark.parametrize("kind", ["value", "exit"])
-def test_what_a_model_raises_is_500_without_its_secrets(faulty: WorkerProcess, kind: str) -> None:
+def test_model_exception_is_500_without_its_message(faulty: WorkerProcess, kind: str) -> None:
     answer = faulty.predict({"kind": kind})
     assert answer.status_code == 500
     error = error_of(answer)
@@ -296,10 +297,10 @@ def test_what_a_model_raises_is_500_without_its_secrets(faulty: WorkerProcess, k
         ("object", "an object at ['a'], which JSON cannot carry"),
         ("nan", "nan at ['a'], which JSON cannot carry: return None or a finite number"),
         ("set", "a set at ['a'], which JSON cannot carry: return a list"),
-        ("surrogate", "a text whose character 0 is half of a surrogate pair"),
+        ("surrogate", "a str with half of a surrogate pair at character 0"),
     ],
 )
-def test_what_cannot_be_sent_is_said_to_the_caller_and_the_log(
+def test_unsendable_result_is_explained_to_the_client_and_in_the_log(
     faulty: WorkerProcess, kind: str, words: str
 ) -> None:
     """It is a mistake of the model's author, who reads either."""
@@ -313,21 +314,21 @@ def test_what_cannot_be_sent_is_said_to_the_caller_and_the_log(
     eventually(lambda: f"answered 500 id={identity} {error['message']}" in faulty.log, "the line")
 
 
-def test_a_model_refuses_with_400(faulty: WorkerProcess) -> None:
+def test_model_rejects_with_400(faulty: WorkerProcess) -> None:
     answer = faulty.predict({"kind": "refuse"})
     assert answer.status_code == 400
     assert error_of(answer)["message"] == "kind must not be refuse"
 
 
-def test_arrays_leave_as_lists(faulty: WorkerProcess) -> None:
+def test_arrays_are_sent_as_lists(faulty: WorkerProcess) -> None:
     assert faulty.predict({"kind": "numpy"}).json() == {"a": [0, 1, 2], "b": 0.5}
 
 
-def test_a_generator_streams_lines(counting: WorkerProcess) -> None:
+def test_generator_streams_lines(counting: WorkerProcess) -> None:
     answer = counting.predict({"count": 3})
     assert answer.headers["content-type"] == "application/x-ndjson"
     assert answer.headers["x-accel-buffering"] == "no"
-    assert [json.loads(queue) for queue in answer.text.splitlines()] == [
+    assert [json.loads(line) for line in answer.text.splitlines()] == [
         {"n": 0},
         {"n": 1},
         {"n": 2},
@@ -335,13 +336,13 @@ def test_a_generator_streams_lines(counting: WorkerProcess) -> None:
     assert counting.predict({"count": 0}).text == ""
 
 
-def test_a_generator_streams_events_to_who_wants_them(counting: WorkerProcess) -> None:
+def test_generator_streams_events_on_request(counting: WorkerProcess) -> None:
     answer = counting.predict({"count": 2}, headers={"Accept": "text/event-stream"})
     assert answer.headers["content-type"] == "text/event-stream"
     assert answer.text == 'data: {"n":0}\n\ndata: {"n":1}\n\nevent: done\ndata: {}\n\n'
 
 
-def test_a_generator_streams_bytes_as_they_are(counting: WorkerProcess) -> None:
+def test_generator_streams_bytes_unchanged(counting: WorkerProcess) -> None:
     answer = counting.predict({"count": 3, "kind": "bytes"})
     assert answer.headers["content-type"] == "application/octet-stream"
     assert answer.content == b"012"
@@ -351,7 +352,7 @@ def test_a_stream_that_fails_before_its_first_item_is_a_500(counting: WorkerProc
     assert counting.predict({"fail_at": 0}).status_code == 500
 
 
-def test_a_stream_that_fails_later_is_cut(counting: WorkerProcess) -> None:
+def test_stream_that_fails_later_is_cut_off(counting: WorkerProcess) -> None:
     before = counting.metric("gpufarm_requests_total", code="500")
     with pytest.raises(httpx.RemoteProtocolError):
         counting.predict({"fail_at": 2})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from workers.errors import ApiError
-from workers.http.speech_request import Wanted, parse_speech
+from workers.http.speech_request import SpeechOptions, parse_speech
 from workers.model.contract import Work
 from workers.model.spec import Spec
 
@@ -16,11 +16,11 @@ SPEC = Spec(target="a:B", name="demo", aliases=("mine",), input_limit=100)
 VOICES = ["anna", "bert"]
 
 
-def parsed(**body: Any) -> Wanted:
+def parsed(**body: Any) -> SpeechOptions:
     return parse_speech({"input": "hello", **body}, SPEC, VOICES, Work())
 
 
-def test_only_the_input_is_needed() -> None:
+def test_only_the_input_is_required() -> None:
     wanted = parsed()
     assert wanted.speech.input == "hello"
     assert wanted.speech.voice == "anna"
@@ -51,7 +51,7 @@ def voice_of(voice: str, voices: list[str], **aliases: str) -> str:
     return parse_speech({"input": "x", "voice": voice}, spec, voices, Work()).speech.voice
 
 
-def test_a_single_voice_answers_to_every_voice_of_openai() -> None:
+def test_single_voice_accepts_all_openai_voices() -> None:
     assert voice_of("alloy", ["slt"]) == "slt"
     assert voice_of("marin", ["slt"]) == "slt"
     with pytest.raises(ApiError) as error:
@@ -59,20 +59,20 @@ def test_a_single_voice_answers_to_every_voice_of_openai() -> None:
     assert error.value.status == 404
 
 
-def test_several_voices_are_mapped_by_the_configuration() -> None:
+def test_several_voices_are_mapped_by_voice_aliases() -> None:
     assert voice_of("alloy", VOICES, alloy="bert") == "bert"
     assert voice_of("narrator", VOICES, narrator="bert") == "bert"
     assert voice_of("alloy", ["slt", "alloy"]) == "alloy"
-    with pytest.raises(ApiError, match="There is: anna, bert, nova, default"):
+    with pytest.raises(ApiError, match="Available: anna, bert, nova, default"):
         voice_of("alloy", VOICES, nova="anna")
 
 
-def test_a_voice_called_default_is_that_one() -> None:
+def test_voice_named_default_is_used() -> None:
     wanted = parse_speech({"input": "x", "voice": "default"}, SPEC, ["a", "default"], Work())
     assert wanted.speech.voice == "default"
 
 
-def test_what_is_streamed() -> None:
+def test_which_requests_are_streamed() -> None:
     for name in ("pcm", "wav", "mp3", "opus"):
         assert parsed(response_format=name).progressive
         assert parsed(response_format=name, stream=True).progressive
@@ -98,7 +98,7 @@ def test_unknown_fields_reach_the_model() -> None:
         ({"input": ""}, 400, "input", "empty"),
         ({"input": " \n"}, 400, "input", "empty"),
         ({"input": 3}, 400, "input", "3"),
-        ({"input": "x" * 101}, 400, "input", "101 characters; at most 100"),
+        ({"input": "x" * 101}, 400, "input", "too long: 101 characters; at most 100"),
         ({"input": "\ud800"}, 400, "input", "surrogate"),
         ({"model": "gpt"}, 404, "model", "demo, mine, default"),
         ({"model": 3}, 400, "model", "3"),
@@ -111,17 +111,17 @@ def test_unknown_fields_reach_the_model() -> None:
         ({"speed": float("nan")}, 400, "speed", "0.25 to 4"),
         ({"speed": True}, 400, "speed", "0.25 to 4"),
         ({"speed": "1"}, 400, "speed", "0.25 to 4"),
-        ({"seed": 1.5}, 400, "seed", "whole number"),
-        ({"seed": 2**64}, 400, "seed", "64 bits"),
+        ({"seed": 1.5}, 400, "seed", "64-bit integer"),
+        ({"seed": 2**64}, 400, "seed", "64-bit integer"),
         ({"response_format": "ogg"}, 400, "response_format", "mp3, opus, flac, wav, pcm"),
         ({"response_format": "aac"}, 400, "response_format", "mp3, opus, flac, wav, pcm"),
         ({"stream_format": "x"}, 400, "stream_format", "audio, sse"),
-        ({"instructions": 1}, 400, "instructions", "text"),
+        ({"instructions": 1}, 400, "instructions", "string"),
         ({"stream": "no"}, 400, "stream", "true or false"),
         ({"stream": False, "stream_format": "sse"}, 400, "stream", "'sse', which is a stream"),
     ],
 )
-def test_refusals_name_field_and_remedy(
+def test_validation_errors_name_field_and_remedy(
     body: dict[str, Any], status: int, param: str, words: str
 ) -> None:
     with pytest.raises(ApiError) as error:
@@ -131,6 +131,6 @@ def test_refusals_name_field_and_remedy(
 
 
 @pytest.mark.parametrize("body", [[], None, "hello", 3])
-def test_a_body_that_is_no_object(body: Any) -> None:
-    with pytest.raises(ApiError, match="no JSON object"):
+def test_body_that_is_not_an_object(body: Any) -> None:
+    with pytest.raises(ApiError, match="not a JSON object"):
         parse_speech(body, SPEC, VOICES, Work())

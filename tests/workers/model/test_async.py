@@ -42,7 +42,7 @@ def test_every_method_may_be_async_on_one_loop(awaiting: WorkerProcess) -> None:
     assert awaiting.client.get("/longest_request").json()["json"] == "longest"
 
 
-def test_what_a_coroutine_raises_is_answered_as_of_any_model(awaiting: WorkerProcess) -> None:
+def test_coroutine_errors_are_answered_like_any_other(awaiting: WorkerProcess) -> None:
     assert awaiting.predict("refuse").status_code == 400
     answer = awaiting.predict("fail")
     assert answer.status_code == 500
@@ -63,7 +63,9 @@ def test_an_async_generator_streams_in_one_task(streaming: WorkerProcess) -> Non
         streaming.predict({"fail_at": 2})
 
 
-def test_an_item_leaves_before_the_next_is_made(streaming: WorkerProcess, tmp_path: Path) -> None:
+def test_item_is_sent_before_the_next_is_generated(
+    streaming: WorkerProcess, tmp_path: Path
+) -> None:
     gate = tmp_path / "gate"
     request = {"count": 1, "until": str(gate)}
     with streaming.client.stream("POST", "/predict", json=request) as answer:
@@ -74,7 +76,7 @@ def test_an_item_leaves_before_the_next_is_made(streaming: WorkerProcess, tmp_pa
         assert all(json.loads(line) == {"tick": True} for line in lines)
 
 
-def test_who_leaves_ends_an_async_generator(
+def test_disconnect_closes_an_async_generator(
     streaming: WorkerProcess, journal: Path, tmp_path: Path
 ) -> None:
     before = journal.read_text().count("closed on device") if journal.exists() else 0
@@ -88,7 +90,7 @@ def test_who_leaves_ends_an_async_generator(
     assert streaming.predict({"count": 1}).status_code == 200
 
 
-def test_a_deadline_ends_an_async_generator(streaming: WorkerProcess, tmp_path: Path) -> None:
+def test_deadline_closes_an_async_generator(streaming: WorkerProcess, tmp_path: Path) -> None:
     with pytest.raises(httpx.RemoteProtocolError):
         streaming.predict({"until": str(tmp_path / "never")}, headers={"X-Request-Timeout": "0.3"})
     eventually(lambda: streaming.health()["running"] == 0, "the end of the call")

@@ -1,4 +1,4 @@
-"""Speech as bytes: every format, whole and in pieces, at every rate."""
+"""Audio encoding: every format, complete and in chunks, at every rate."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pitch_of(audio: Audio, rate: int) -> float:
 @pytest.mark.parametrize("rate", [16000, 22050, 24000, 44100, 96000])
 @pytest.mark.parametrize("name", sorted(set(CONTENT_TYPES) - {"pcm"}))
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_format_reads_back_as_the_same_tone(name: str, rate: int, progressive: bool) -> None:
+def test_every_format_decodes_to_the_same_tone(name: str, rate: int, progressive: bool) -> None:
     chunks = cut(tone(rate))
     if progressive:
         writer = encoder(rate, name)
@@ -48,7 +48,7 @@ def test_a_format_reads_back_as_the_same_tone(name: str, rate: int, progressive:
 
 
 @pytest.mark.parametrize("name", sorted(PROGRESSIVE))
-def test_progressive_formats_let_bytes_go_before_the_end(name: str) -> None:
+def test_progressive_formats_return_bytes_before_the_end(name: str) -> None:
     writer = encoder(24000, name)
     pieces = [writer.feed(chunk) for chunk in cut(tone(24000, 4.0))]
     pieces.append(writer.finish())
@@ -77,7 +77,7 @@ def test_pcm_is_always_24_khz(rate: int) -> None:
     assert pitch_of(read, 24000) == pytest.approx(440, abs=1)
 
 
-def test_a_whole_wav_states_its_length_and_a_streamed_one_says_read_on() -> None:
+def test_wav_header_has_the_length_unless_streamed() -> None:
     audio = tone(16000)
     complete = encode([audio], 16000, "wav")
     assert struct.unpack("<I", complete[4:8])[0] == len(complete) - 8
@@ -103,7 +103,7 @@ def test_resampling_does_not_depend_on_the_cut(rate: int, target: int) -> None:
     assert np.array_equal(results[0], results[2])
 
 
-def test_resampling_keeps_a_tone_and_drops_what_cannot_be_carried() -> None:
+def test_resampling_keeps_a_tone_and_drops_frequencies_above_nyquist() -> None:
     resampler = Resampler(22050, 24000)
     out = np.concatenate([resampler.feed(tone(22050)), resampler.finish()])
     assert np.abs(out - tone(24000))[300:-300].max() < 1e-3
@@ -115,7 +115,7 @@ def test_resampling_keeps_a_tone_and_drops_what_cannot_be_carried() -> None:
 def test_chunks_are_checked() -> None:
     assert samples(np.zeros((1, 4), np.float64)).shape == (4,)
     assert samples([0.0, 0.5]).dtype == np.float32
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="must be finite"):
         samples(np.array([0.0, np.nan], np.float32))
     with pytest.raises(ValueError, match="mono"):
         samples(np.zeros((2, 4), np.float32))

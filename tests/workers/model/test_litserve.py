@@ -35,7 +35,7 @@ def executor() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def test_its_hooks_are_called(tmp_path: Path) -> None:
+def test_hooks_are_called(tmp_path: Path) -> None:
     with lit(tmp_path, "Square") as worker:
         answer = worker.predict({"input": 4.0})
         assert answer.json() == {"output": 16.0, "device": "cpu", "known": "cpu"}
@@ -55,7 +55,7 @@ def test_typed_requests_and_context(tmp_path: Path) -> None:
         assert "number" in refused.json()["error"]["message"]
 
 
-def test_bare_values_are_json_and_responses_leave_as_they_are(tmp_path: Path) -> None:
+def test_values_are_json_and_responses_are_unchanged(tmp_path: Path) -> None:
     with lit(tmp_path, "Plain") as worker:
         answer = worker.predict({"word": "hello"})
         assert answer.json() == "hello"
@@ -65,13 +65,13 @@ def test_bare_values_are_json_and_responses_leave_as_they_are(tmp_path: Path) ->
         assert picture.content == b"\x89PNG"
 
 
-def test_streams_leave_as_they_are_framed(tmp_path: Path) -> None:
+def test_streams_keep_the_models_framing(tmp_path: Path) -> None:
     with lit(tmp_path, "Words", stream=True) as worker:
         answer = worker.predict({"text": "one two json"})
         assert answer.text == 'one two {"word": "json"}\n'
 
 
-def test_its_own_path_is_served_too(tmp_path: Path) -> None:
+def test_api_path_is_served(tmp_path: Path) -> None:
     with lit(tmp_path, "Moved") as worker:
         assert worker.client.post("/v1/words", json={"word": "a"}).json() == "a"
         assert worker.predict({"word": "a"}).json() == "a"
@@ -84,10 +84,10 @@ def test_forms(tmp_path: Path) -> None:
         broken = {"content-type": "multipart/form-data; boundary=a"}
         answer = worker.client.post("/predict", content=b"no form", headers=broken)
         assert answer.status_code == 400
-        assert "The body is not a form: Invalid" in answer.json()["error"]["message"]
+        assert "The body is not a valid form: Invalid" in answer.json()["error"]["message"]
 
 
-def test_an_uploaded_file_as_litserve_gives_it(tmp_path: Path) -> None:
+def test_uploaded_file_as_in_litserve(tmp_path: Path) -> None:
     large = b"x" * (2 * 2**20)  # more than is kept in memory
     with lit(tmp_path, "Upload") as worker:
         answer = worker.client.post("/predict", files={"request": ("a.txt", b"12345")})
@@ -99,19 +99,19 @@ def test_an_uploaded_file_as_litserve_gives_it(tmp_path: Path) -> None:
             worker.predict({}),
         ):
             assert answer.status_code == 400
-            assert "in the field 'request' of a form" in answer.json()["error"]["message"]
+            assert "no file in its field 'request'" in answer.json()["error"]["message"]
     with lit(tmp_path, "UploadPlainly") as worker:
         answer = worker.client.post("/predict", files={"request": ("b.txt", large)})
         assert answer.json() == {"size": len(large)}
 
 
-def test_other_annotations_are_checked_by_pydantic(tmp_path: Path) -> None:
+def test_other_annotations_are_validated_by_pydantic(tmp_path: Path) -> None:
     with lit(tmp_path, "Listed") as worker:
         assert worker.predict([1, 2]).json() == {"sum": 3}
         assert worker.predict({"a": 1}).status_code == 400
 
 
-def test_streaming_hooks_stream_without_being_told_to(tmp_path: Path) -> None:
+def test_streaming_hooks_stream_without_stream_set(tmp_path: Path) -> None:
     with lit(tmp_path, "Words") as worker:
         assert worker.predict({"text": "one two json"}).text == 'one two {"word": "json"}\n'
     with lit(tmp_path, "Joined") as worker:
@@ -175,13 +175,13 @@ def test_litserves_own_examples(tmp_path: Path, name: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "args", "words"),
     [
-        ("Square", {"loop": OwnLoop()}, "has a loop of its own (OwnLoop)"),
-        ("Query", {}, "takes request: str, which LitServe reads from the query string"),
+        ("Square", {"loop": OwnLoop()}, "Square.loop is not supported: OwnLoop"),
+        ("Query", {}, "annotation of request is not supported: str, which LitServe reads"),
         ("NoPredict", {}, "NoPredict has no predict(x)"),
         ("WrongHook", {}, "decode_request() cannot be called as decode_request(request)"),
     ],
 )
-def test_what_cannot_be_served_is_refused_at_the_start(
+def test_unsupported_litapi_is_rejected_at_the_start(
     executor: ThreadPoolExecutor, name: str, args: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(LoadError) as error:
@@ -189,7 +189,7 @@ def test_what_cannot_be_served_is_refused_at_the_start(
     assert words in str(error.value)
 
 
-def test_a_spec_is_refused(executor: ThreadPoolExecutor) -> None:
+def test_litserve_spec_is_rejected(executor: ThreadPoolExecutor) -> None:
     spec = Spec(target="tests.workers.models.lit:Square", args={"spec": OpenAISpec()})
-    with pytest.raises(LoadError, match="leave spec out"):
+    with pytest.raises(LoadError, match="remove it, a worker serves"):
         load(spec, "cpu", executor)

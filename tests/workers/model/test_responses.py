@@ -1,4 +1,4 @@
-"""What a model returns or yields, as bytes."""
+"""Encoding what a model returns or yields."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def test_arrays_become_lists() -> None:
     }
 
 
-def test_what_is_no_json_is_refused() -> None:
+def test_values_beyond_json_are_rejected() -> None:
     with pytest.raises(TypeError, match="object"):
         as_json(object())
     with pytest.raises(ValueError, match="JSON"):
         as_json(float("nan"))
 
 
-def test_half_a_surrogate_leaves_as_it_came() -> None:
+def test_half_a_surrogate_in_json_is_escaped() -> None:
     assert as_json("\ud800") == b'"\\ud800"'
 
 
@@ -60,16 +60,16 @@ RING.append(RING)
         (float("nan"), "nan, which JSON cannot carry: return None or a finite number."),
         ({"a": [1, float("-inf")]}, "-inf at ['a'][1], which JSON cannot carry"),
         ({"a": np.array([[1.0, np.inf]])}, "inf at ['a'][0][1], which JSON cannot carry"),
-        ({(1, 2): 3}, "a dict with a tuple as a key: use texts."),
+        ({(1, 2): 3}, "a dict with a tuple as a key: use strings."),
         ({"p": Picture()}, "a PIL image at ['p'], which JSON cannot carry: save it as PNG"),
-        ({"x": object()}, "an object at ['x'], which JSON cannot carry: return numbers, texts"),
+        ({"x": object()}, "an object at ['x'], which JSON cannot carry: return numbers, strings"),
         (RING, "a value that is nested too deeply, or within itself"),
         (10**5000, "what JSON cannot carry: Exceeds the limit (4300 digits)"),
-        ("a\ud800", "a text whose character 1 is half of a surrogate pair"),
+        ("a\ud800", "a str with half of a surrogate pair at character 1"),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_cannot_be_sent_is_named_with_its_place_and_remedy(value: Any, words: str) -> None:
+def test_unsendable_part_is_named_with_its_location_and_remedy(value: Any, words: str) -> None:
     with pytest.raises(ApiError) as error:
         complete(value)
     assert error.value.status == 500
@@ -95,7 +95,7 @@ def test_streams(values: list[Any], events: bool, expected: list[Any]) -> None:
     assert list(stream(iter(values), events)) == expected
 
 
-def test_a_stream_is_of_one_kind() -> None:
+def test_stream_with_mixed_kinds_is_rejected() -> None:
     with pytest.raises(ApiError, match="both bytes and JSON"):
         list(stream(iter([b"a", {"b": 1}]), events=False))
 

@@ -1,4 +1,4 @@
-"""The file that says what a worker serves."""
+"""Validation of a worker's spec file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from workers.errors import LoadError
 from workers.model.spec import Spec, parse_spec, read_spec
 
 
-def test_the_smallest_spec_has_defaults() -> None:
+def test_minimal_spec_has_defaults() -> None:
     spec = parse_spec({"model": {"target": "a:B"}})
     assert spec == Spec(target="a:B")
     assert (spec.queue_size, spec.request_timeout, spec.body_limit) == (8, 60.0, 64 * 1024 * 1024)
@@ -63,33 +63,51 @@ def test_default_is_always_a_name() -> None:
 @pytest.mark.parametrize(
     ("document", "words"),
     [
-        ([], "the document is []"),
+        ([], "the document must be a JSON object, got []"),
         ({}, "model.target is missing"),
-        ({"model": {"target": ""}}, 'model.target is ""'),
-        ({"model": {"target": 3}}, "model.target is 3"),
+        ({"model": {"target": ""}}, 'model.target must be a non-empty string, got ""'),
+        ({"model": {"target": 3}}, "model.target must be a non-empty string, got 3"),
         (
             {"model": {"target": "a:B", "arg": {}}},
             'unknown key "arg" in model; did you mean "args"',
         ),
         ({"model": {"target": "a:B"}, "zzz": 1}, 'unknown key "zzz" in the document; known keys'),
-        ({"model": {"target": "a:B", "args": []}}, "model.args is []"),
+        (
+            {"model": {"target": "a:B", "args": []}},
+            "model.args must be an object of keyword arguments, got []",
+        ),
         (
             {"model": {"target": "a:B"}, "queue_size": -1},
-            "queue_size is -1; a whole number of at least 0",
+            "queue_size must be an integer of at least 0, got -1",
         ),
-        ({"model": {"target": "a:B"}, "queue_size": True}, "queue_size is true"),
-        ({"model": {"target": "a:B"}, "request_timeout": 0}, "request_timeout is 0"),
-        ({"model": {"target": "a:B"}, "request_timeout": "1"}, 'request_timeout is "1"'),
-        ({"model": {"target": "a:B"}, "path": "x"}, 'path is "x"; a list of texts'),
-        ({"model": {"target": "a:B", "aliases": [1]}}, "model.aliases[0] is 1"),
-        ({"model": {"target": "a:B", "voice_aliases": ["x"]}}, 'model.voice_aliases is ["x"]; an'),
+        (
+            {"model": {"target": "a:B"}, "queue_size": True},
+            "queue_size must be an integer of at least 0, got true",
+        ),
+        (
+            {"model": {"target": "a:B"}, "request_timeout": 0},
+            "request_timeout must be a positive number of seconds, got 0",
+        ),
+        (
+            {"model": {"target": "a:B"}, "request_timeout": "1"},
+            'positive number of seconds, got "1"',
+        ),
+        ({"model": {"target": "a:B"}, "path": "x"}, 'path must be a list of strings, got "x"'),
+        (
+            {"model": {"target": "a:B", "aliases": [1]}},
+            "model.aliases[0] must be a non-empty string, got 1",
+        ),
+        (
+            {"model": {"target": "a:B", "voice_aliases": ["x"]}},
+            'model.voice_aliases must be an object of strings, got ["x"]',
+        ),
         (
             {"model": {"target": "a:B", "voice_aliases": {"alloy": 3}}},
-            "model.voice_aliases.alloy is 3; a text",
+            "model.voice_aliases.alloy must be a non-empty string, got 3",
         ),
     ],
 )
-def test_a_wrong_spec_names_the_key(document: Any, words: str) -> None:
+def test_invalid_spec_names_the_key(document: Any, words: str) -> None:
     with pytest.raises(LoadError) as error:
         parse_spec(document)
     assert words in str(error.value)
@@ -100,7 +118,7 @@ def test_a_wrong_spec_names_the_key(document: Any, words: str) -> None:
     ("content", "words"),
     [(b"{", "not JSON"), (b"\xff", "not UTF-8"), (b"[" * 100_000, "not JSON")],
 )
-def test_a_file_that_is_no_json_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+def test_file_that_is_not_json_is_named(tmp_path: Path, content: bytes, words: str) -> None:
     file = tmp_path / "spec.json"
     file.write_bytes(content)
     with pytest.raises(LoadError, match=words) as error:

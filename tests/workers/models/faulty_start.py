@@ -1,4 +1,4 @@
-"""Models that do not come up."""
+"""Models that fail to start."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ NOT_A_CLASS = 3
 
 
 class OutOfMemory:
-    """As torch says it when somebody else's memory has not returned yet."""
+    """As torch reports it while another process still holds the memory."""
 
     def setup(self, device: str) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")

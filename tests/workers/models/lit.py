@@ -1,4 +1,4 @@
-"""LitServe's own kind of model, as its users write it."""
+"""LitAPIs as users of LitServe write them."""
 
 # mypy: ignore-errors
 # (written as their users would)

@@ -1,4 +1,4 @@
-"""The board of running requests: what outlives a worker, and what it refuses."""
+"""The crash guard: what it records of a crashed worker, and when it applies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from workers.queueing.crash_guard import FILE, ROW, CrashGuard
 KEY, OTHER = "a" * 32, "0123456789abcdef" * 2
 
 
-def test_what_ended_with_its_worker_is_seen_by_the_others(tmp_path: Path) -> None:
+def test_crash_is_visible_to_other_workers(tmp_path: Path) -> None:
     first, third = CrashGuard(tmp_path, "w1"), CrashGuard(tmp_path, "w3")
     assert third.ended(KEY) == 0
     first.begin(KEY)
@@ -23,14 +23,14 @@ def test_what_ended_with_its_worker_is_seen_by_the_others(tmp_path: Path) -> Non
     assert (tmp_path / FILE).stat().st_size == 3 * ROW
 
 
-def test_what_a_worker_finished_is_forgotten(tmp_path: Path) -> None:
+def test_finished_request_is_cleared(tmp_path: Path) -> None:
     crash_guard = CrashGuard(tmp_path, "w1")
     crash_guard.begin(KEY)
     crash_guard.end()
     assert CrashGuard(tmp_path, "w1").ended(KEY) == 0
 
 
-def test_a_row_does_not_grow(tmp_path: Path) -> None:
+def test_row_does_not_grow(tmp_path: Path) -> None:
     for number in range(10):
         CrashGuard(tmp_path, "w1").begin(f"{number:032x}")
     assert (tmp_path / FILE).stat().st_size == ROW
@@ -38,7 +38,7 @@ def test_a_row_does_not_grow(tmp_path: Path) -> None:
     assert CrashGuard(tmp_path, "w1").ended(f"{0:032x}") == 0
 
 
-def test_only_the_balancers_own_keys_count(tmp_path: Path) -> None:
+def test_only_ids_of_the_balancer_count(tmp_path: Path) -> None:
     crash_guard = CrashGuard(tmp_path, "w1")
     for header in ("", "abc", "A" * 32, "a" * 33, "\0" * 32):
         assert CrashGuard.key(header) == ""
@@ -46,7 +46,7 @@ def test_only_the_balancers_own_keys_count(tmp_path: Path) -> None:
     assert crash_guard.ended("") == 0
 
 
-def test_without_a_place_for_it_nothing_is_refused(tmp_path: Path) -> None:
+def test_without_a_file_nothing_is_rejected(tmp_path: Path) -> None:
     for crash_guard in (
         CrashGuard(None, "w1"),
         CrashGuard(tmp_path / "missing", "w1"),

@@ -1,4 +1,4 @@
-"""A model's own report: fresh after requests, and never waited for by a caller."""
+"""The model's health report: refreshed after requests, never awaited by a client."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def reporting(folder: Path, **spec: Any) -> WorkerProcess:
     )
 
 
-def test_the_report_is_that_of_the_last_request(tmp_path: Path) -> None:
+def test_report_is_refreshed_after_a_request(tmp_path: Path) -> None:
     with reporting(tmp_path) as worker:
         assert worker.health()["ran"] == 0
         for number in range(1, 8):
@@ -22,7 +22,7 @@ def test_the_report_is_that_of_the_last_request(tmp_path: Path) -> None:
         eventually(lambda: worker.health()["ran"] == 7, "a report from after the last request")
 
 
-def test_nothing_that_is_asked_of_a_worker_waits_for_its_model(tmp_path: Path) -> None:
+def test_no_route_waits_for_health(tmp_path: Path) -> None:
     """health() would never come back: it is not called, and requests are served."""
     with reporting(tmp_path) as worker:
         (tmp_path / "hang").touch()
@@ -31,17 +31,17 @@ def test_nothing_that_is_asked_of_a_worker_waits_for_its_model(tmp_path: Path) -
         assert worker.predict(7).json() == 7
 
 
-def test_a_report_that_never_comes_ends_the_process(tmp_path: Path) -> None:
+def test_hanging_health_exits_the_process(tmp_path: Path) -> None:
     with reporting(tmp_path, request_timeout=1.0) as worker:
         (tmp_path / "hang").touch()
         assert worker.predict(1).status_code == 200
         assert worker.health()["ran"] == 0
         assert worker.wait() == 1
-        assert "has not come back" in worker.log
+        assert "has not returned" in worker.log
         assert "it was in: health" in worker.log
 
 
-def test_a_report_that_finds_the_device_lost_ends_the_process(tmp_path: Path) -> None:
+def test_health_that_finds_the_device_lost_exits_the_process(tmp_path: Path) -> None:
     module = tmp_path / "loses_its_device.py"
     module.write_text(
         "class Loses:\n"

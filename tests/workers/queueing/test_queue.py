@@ -1,4 +1,4 @@
-"""Admission without HTTP: the line, its deadline, and who may leave it when."""
+"""Admission without HTTP: the queue, its deadlines, and cancelled jobs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import pytest
 from workers.errors import ModelFailed
 from workers.model.contract import Cancelled, InvalidRequest, Work
 from workers.queueing import job as jobs
-from workers.queueing.job import CallerLeft, DeadlinePassed, Job, SlowReader
+from workers.queueing.job import ClientDisconnected, DeadlinePassed, Job, SlowReader
 from workers.queueing.queue import QueueClosed, QueueFull, RequestQueue
 
-PATIENCE = 30.0
+TIMEOUT = 30.0
 
 
 class Gate:
@@ -31,15 +31,15 @@ class Gate:
 
     def __call__(self) -> str:
         self.running.set()
-        assert self.opened.wait(PATIENCE)
+        assert self.opened.wait(TIMEOUT)
         return "held"
 
 
-def in_line(test: Callable[[RequestQueue], Awaitable[None]], limit: int = 8) -> None:
-    """Run ``test`` with a line of its own, and with a deadline."""
+def with_queue(test: Callable[[RequestQueue], Awaitable[None]], limit: int = 8) -> None:
+    """Run ``test`` with a queue of its own, and with a deadline."""
     executor = ThreadPoolExecutor(1)
     try:
-        asyncio.run(asyncio.wait_for(_awaited(test(RequestQueue(executor, limit))), PATIENCE))
+        asyncio.run(asyncio.wait_for(_awaited(test(RequestQueue(executor, limit))), TIMEOUT))
     finally:
         executor.shutdown()
 
@@ -65,16 +65,16 @@ def test_a_value_is_the_only_item() -> None:
         assert job.service_seconds > 0
         assert (queue.waiting, queue.running, queue.completed) == (0, 0, 1)
 
-    in_line(test)
+    with_queue(test)
 
 
-def test_a_stream_comes_item_by_item() -> None:
+def test_stream_yields_item_by_item() -> None:
     async def test(queue: RequestQueue) -> None:
         job = queue.submit(lambda: iter([1, 2, 3]), Work())
         assert await collected(job) == [1, 2, 3]
         assert job.streams
 
-    in_line(test)
+    with_queue(test)
 
 
 def test_everything_runs_on_one_thread_in_order() -> None:
@@ -89,10 +89,10 @@ def test_everything_runs_on_one_thread_in_order() -> None:
         assert [number for number, _ in ran] == list(range(8))
         assert len({thread for _, thread in ran}) == 1
 
-    in_line(test)
+    with_queue(test)
 
 
-def test_a_full_line_refuses_with_the_time_it_needs() -> None:
+def test_full_queue_rejects_with_retry_after() -> None:
     async def test(queue: RequestQueue) -> None:
         gate = Gate()
         first = queue.submit(gate, Work())
@@ -106,34 +106,34 @@ def test_a_full_line_refuses_with_the_time_it_needs() -> None:
         await asyncio.gather(*(collected(job) for job in [first, *others]))
         await collected(queue.submit(lambda: None, Work()))
 
-    in_line(test, limit=2)
+    with_queue(test, limit=2)
 
 
 def test_retry_after_follows_the_observed_service_time() -> None:
     async def test(queue: RequestQueue) -> None:
-        queue._served(30.0, None)  # what the device thread reports after a request of 30 s
+        queue._job_ended(30.0, None)  # what the device thread reports after a request of 30 s
         queue._admitted = 1
         assert queue.retry_after == 30
         queue._admitted = 5
         assert queue.retry_after == 150
         for _ in range(60):
-            queue._served(0.01, None)
+            queue._job_ended(0.01, None)
         queue._admitted = 3
         assert queue.retry_after == 1
         assert queue.mean_service_seconds == pytest.approx(0.01, abs=0.001)
 
-    in_line(test)
+    with_queue(test)
 
 
-def test_who_leaves_the_line_never_runs_and_frees_the_place() -> None:
+def test_job_cancelled_in_the_queue_never_runs_and_frees_its_place() -> None:
     async def test(queue: RequestQueue) -> None:
         gate = Gate()
         ran: list[str] = []
         first = queue.submit(gate, Work())
         await reaches(gate.running.is_set)
         second = queue.submit(lambda: ran.append("left"), Work())
-        second.leave()
-        with pytest.raises(CallerLeft) as left:
+        second.cancel()
+        with pytest.raises(ClientDisconnected) as left:
             await anext(second)
         assert left.value.stage == "waiting"
         assert queue.waiting == 0
@@ -143,10 +143,10 @@ def test_who_leaves_the_line_never_runs_and_frees_the_place() -> None:
         await collected(third)
         assert ran == ["third"]
 
-    in_line(test, limit=1)
+    with_queue(test, limit=1)
 
 
-def test_a_deadline_in_the_line_is_answered_there_and_never_runs() -> None:
+def test_deadline_in_the_queue_never_runs() -> None:
     async def test(queue: RequestQueue) -> None:
         gate = Gate()
         ran: list[str] = []
@@ -162,10 +162,10 @@ def test_a_deadline_in_the_line_is_answered_there_and_never_runs() -> None:
         await collected(queue.submit(lambda: None, Work()))
         assert ran == []
 
-    in_line(test)
+    with_queue(test)
 
 
-def test_a_deadline_that_has_passed_on_arrival_never_runs() -> None:
+def test_deadline_passed_on_arrival_never_runs() -> None:
     async def test(queue: RequestQueue) -> None:
         ran: list[str] = []
         job = queue.submit(lambda: ran.append("late"), Work(time.monotonic() - 1))
@@ -174,10 +174,10 @@ def test_a_deadline_that_has_passed_on_arrival_never_runs() -> None:
         await collected(queue.submit(lambda: None, Work()))
         assert ran == []
 
-    in_line(test)
+    with_queue(test)
 
 
-def test_a_deadline_while_running_is_answered_while_the_call_goes_on() -> None:
+def test_deadline_while_running_returns_before_the_call_ends() -> None:
     async def test(queue: RequestQueue) -> None:
         gate = Gate()
         job = queue.submit(gate, Work(time.monotonic() + 0.05))
@@ -188,10 +188,10 @@ def test_a_deadline_while_running_is_answered_while_the_call_goes_on() -> None:
         gate.opened.set()
         await reaches(lambda: queue.idle)
 
-    in_line(test)
+    with_queue(test)
 
 
-def test_a_model_that_checks_stops_at_the_deadline() -> None:
+def test_model_that_checks_stops_at_the_deadline() -> None:
     async def test(queue: RequestQueue) -> None:
         work = Work(time.monotonic() + 0.05)
 
@@ -203,10 +203,10 @@ def test_a_model_that_checks_stops_at_the_deadline() -> None:
             await collected(queue.submit(endless, work))
         await reaches(lambda: queue.idle)
 
-    in_line(test)
+    with_queue(test)
 
 
-def test_a_stream_is_closed_on_its_thread_when_the_caller_leaves() -> None:
+def test_cancelled_stream_is_closed_on_the_device_thread() -> None:
     async def test(queue: RequestQueue) -> None:
         closed: list[str] = []
         threads: list[str] = []
@@ -222,13 +222,13 @@ def test_a_stream_is_closed_on_its_thread_when_the_caller_leaves() -> None:
         job = queue.submit(endless, Work())
         assert await anext(job) == 1
         assert job.stage == "streaming"
-        job.leave()
-        with pytest.raises(CallerLeft):
+        job.cancel()
+        with pytest.raises(ClientDisconnected):
             await anext(job)
         await reaches(lambda: queue.idle)
         assert closed == threads
 
-    in_line(test)
+    with_queue(test)
 
 
 def chunks(count: int, made: list[int]) -> Callable[[], Iterator[bytes]]:
@@ -242,7 +242,7 @@ def chunks(count: int, made: list[int]) -> Callable[[], Iterator[bytes]]:
     return stream
 
 
-def test_a_slow_reader_holds_the_stream_back_by_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_reader_bounds_the_unread_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "MAX_UNREAD", 4 * 1024)
 
     async def test(queue: RequestQueue) -> None:
@@ -253,10 +253,10 @@ def test_a_slow_reader_holds_the_stream_back_by_its_bytes(monkeypatch: pytest.Mo
         assert await collected(job) == [bytes([number]) * 1024 for number in range(100)]
         assert 0 < job.busy_seconds < job.service_seconds
 
-    in_line(test)
+    with_queue(test)
 
 
-def test_the_device_is_free_when_the_last_item_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_is_free_after_the_last_item(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "MAX_UNREAD", 4 * 1024)
 
     async def test(queue: RequestQueue) -> None:
@@ -267,14 +267,14 @@ def test_the_device_is_free_when_the_last_item_was_made(monkeypatch: pytest.Monk
         assert unread.waited == 0
         assert len(await collected(unread)) == 5
 
-    in_line(test)
+    with_queue(test)
 
 
-def test_a_reader_below_the_floor_is_cut_off_while_the_device_waits(
+def test_reader_below_the_minimum_rate_is_cut_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(jobs, "MAX_UNREAD", 4 * 1024)
-    monkeypatch.setattr(jobs, "FLOOR_SECONDS", 0.2)
+    monkeypatch.setattr(jobs, "SLOW_READER_WINDOW", 0.2)
 
     async def test(queue: RequestQueue) -> None:
         made: list[int] = []
@@ -291,14 +291,14 @@ def test_a_reader_below_the_floor_is_cut_off_while_the_device_waits(
         assert len(made) < 10
         assert await collected(queue.submit(lambda: "next", Work())) == ["next"]
 
-    in_line(test)
+    with_queue(test)
 
 
-def test_a_reader_above_the_floor_may_let_the_device_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reader_above_the_minimum_rate_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes large items, of which what has left counts before the whole has."""
     monkeypatch.setattr(jobs, "MAX_UNREAD", 1)
-    monkeypatch.setattr(jobs, "FLOOR", 1024)
-    monkeypatch.setattr(jobs, "FLOOR_SECONDS", 0.2)
+    monkeypatch.setattr(jobs, "MIN_BYTES_PER_SECOND", 1024)
+    monkeypatch.setattr(jobs, "SLOW_READER_WINDOW", 0.2)
     size = 2**20
 
     async def test(queue: RequestQueue) -> None:
@@ -310,10 +310,10 @@ def test_a_reader_above_the_floor_may_let_the_device_wait(monkeypatch: pytest.Mo
         assert job.error is None
         assert len(await collected(job)) == 2
 
-    in_line(test)
+    with_queue(test)
 
 
-def test_what_a_model_raises_comes_without_its_frames() -> None:
+def test_model_exceptions_have_no_frames() -> None:
     class Tensor:
         """Stands for memory that a frame would keep alive."""
 
@@ -335,10 +335,10 @@ def test_what_a_model_raises_comes_without_its_frames() -> None:
         gc.collect()
         assert kept[0]() is None
 
-    in_line(test)
+    with_queue(test)
 
 
-def test_a_refusal_by_the_model_keeps_its_message() -> None:
+def test_rejection_by_the_model_keeps_its_message() -> None:
     async def test(queue: RequestQueue) -> None:
         def refuses() -> None:
             raise InvalidRequest("too loud")
@@ -346,7 +346,7 @@ def test_a_refusal_by_the_model_keeps_its_message() -> None:
         with pytest.raises(InvalidRequest, match="too loud"):
             await anext(queue.submit(refuses, Work()))
 
-    in_line(test)
+    with_queue(test)
 
 
 def test_items_made_before_a_failure_arrive_before_it() -> None:
@@ -360,14 +360,14 @@ def test_items_made_before_a_failure_arrive_before_it() -> None:
         with pytest.raises(ModelFailed):
             await anext(job)
 
-    in_line(test)
+    with_queue(test)
 
 
-def test_a_lost_device_answers_its_request_and_runs_no_other() -> None:
+def test_lost_device_answers_its_request_and_runs_no_other() -> None:
     async def test(queue: RequestQueue) -> None:
         lost: list[bool] = []
         ran: list[str] = []
-        queue.on_sticky = lambda: lost.append(True)
+        queue.on_device_lost = lambda: lost.append(True)
         gate = Gate()
 
         def sticky() -> None:
@@ -383,7 +383,7 @@ def test_a_lost_device_answers_its_request_and_runs_no_other() -> None:
         assert lost == [True]
         with pytest.raises(QueueClosed):
             queue.submit(lambda: None, Work())
-        second.leave()
+        second.cancel()
         assert ran == []
 
-    in_line(test)
+    with_queue(test)

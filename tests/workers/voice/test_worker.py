@@ -144,7 +144,7 @@ def test_a_disconnect_during_long_speech_frees_the_worker(worker: WorkerProcess,
     with worker.client.stream("POST", "/v1/audio/speech", json=body) as answer:
         assert answer.status_code == 200
         assert next(answer.iter_raw())
-    eventually(lambda: worker.standing() == (0, 0), "the end of the abandoned request")
+    eventually(lambda: worker.running_and_waiting() == (0, 0), "the end of the request")
     eventually(lambda: frames(worker) > before, "a fresh report")
     # All of it is minutes of speech at 40 frames a second.
     assert frames(worker) - before < 3000

@@ -1,4 +1,4 @@
-"""What a worker refuses by itself goes on to the next; what the model says does not."""
+"""Rejections by a worker are retried on the next worker; responses of the model are not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.workers.harness import PATIENCE, WorkerProcess, eventually
+from tests.workers.harness import TIMEOUT, WorkerProcess, eventually
 from workers.http.app import build_app
 from workers.http.metrics import Metrics
 from workers.http.state import WorkerState
@@ -31,7 +31,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]
         yield worker
 
 
-def test_a_full_queue_is_502_for_the_balancer_and_429_for_others(tmp_path: Path) -> None:
+def test_full_queue_is_502_for_the_balancer_and_429_for_others(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     with (
         WorkerProcess(
@@ -41,8 +41,8 @@ def test_a_full_queue_is_502_for_the_balancer_and_429_for_others(tmp_path: Path)
     ):
         body = {"until": str(gate)}
         url = f"{worker.url}/predict"
-        first = callers.submit(httpx.post, url, json=body, timeout=PATIENCE)
-        eventually(lambda: worker.standing() == (1, 0), "the request")
+        first = callers.submit(httpx.post, url, json=body, timeout=TIMEOUT)
+        eventually(lambda: worker.running_and_waiting() == (1, 0), "the request")
         direct = worker.predict({})
         assert direct.status_code == 429
         assert "x-accel-redirect" not in direct.headers
@@ -81,7 +81,7 @@ def test_a_closed_worker_is_502_for_the_balancer_at_once() -> None:
 
 @pytest.mark.parametrize("raises", [True, False])
 @pytest.mark.parametrize(("status", "leaves"), [(429, 429), (503, 503), (502, 500), (500, 500)])
-def test_what_the_model_answers_is_not_sent_on(
+def test_model_responses_are_not_retried(
     answers: WorkerProcess, raises: bool, status: int, leaves: int
 ) -> None:
     answer = answers.predict({"status": status, "raises": raises}, headers=BALANCED)
@@ -91,7 +91,7 @@ def test_what_the_model_answers_is_not_sent_on(
     assert ("says the model" if raises else "made") in answer.text
 
 
-def test_a_model_does_not_command_the_balancer(answers: WorkerProcess) -> None:
+def test_model_cannot_control_the_balancer(answers: WorkerProcess) -> None:
     headers: dict[str, Any] = {
         "X-Accel-Redirect": "/.gpufarm/429",
         "x-accel-limit-rate": "1",
@@ -102,7 +102,7 @@ def test_a_model_does_not_command_the_balancer(answers: WorkerProcess) -> None:
     assert not [name for name in answer.headers if name.startswith("x-accel")]
 
 
-def test_a_model_that_fails_tells_clients_not_to_repeat_it(tmp_path: Path) -> None:
+def test_failed_model_tells_clients_not_to_retry(tmp_path: Path) -> None:
     with WorkerProcess(tmp_path, "tests.workers.models.plain:Faulty") as worker:
         answer = worker.predict({"kind": "value"})
         assert answer.status_code == 500

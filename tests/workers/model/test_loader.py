@@ -1,4 +1,4 @@
-"""From a name to a model, or one line that says why not."""
+"""Loading a model by its name, and the one-line errors."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def test_a_model_is_set_up_on_the_device_thread(executor: ThreadPoolExecutor) ->
     assert set(loaded.startup_seconds) == {"load", "warm_up"}
 
 
-def test_a_speech_model_tells_its_rate_and_voices(executor: ThreadPoolExecutor) -> None:
+def test_speech_model_declares_its_rate_and_voices(executor: ThreadPoolExecutor) -> None:
     loaded = load_it(executor, "tests.workers.models.speech:Hum", sample_rate=8000)
     assert loaded.speaks
     assert (loaded.sample_rate, loaded.voices) == (8000, ["low", "high"])
 
 
-def test_a_class_beside_the_configuration_is_enough(
+def test_class_in_a_configured_folder_is_found(
     executor: ThreadPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.path", __import__("sys").path[:])
@@ -61,10 +61,10 @@ def test_a_class_beside_the_configuration_is_enough(
 @pytest.mark.parametrize(
     ("target", "args", "words"),
     [
-        ("plain", {}, ["names no class", "package.module:Class"]),
-        ("a b:C", {}, ["names no class"]),
-        ("no_such_module:Model", {}, ["there is no module no_such_module", "workers.path"]),
-        ("tests.workers.models.none:Model", {}, ["there is no module tests.workers.models.none"]),
+        ("plain", {}, ["is not a class name", "package.module:Class"]),
+        ("a b:C", {}, ["is not a class name"]),
+        ("no_such_module:Model", {}, ["no module named no_such_module", "workers.path"]),
+        ("tests.workers.models.none:Model", {}, ["no module named tests.workers.models.none"]),
         (
             "tests.workers.models.broken_import:M",
             {},
@@ -76,7 +76,7 @@ def test_a_class_beside_the_configuration_is_enough(
             {},
             ["its classes: Answers, Async, AsyncStream, Counting"],
         ),
-        (f"{FAULTY}:NOT_A_CLASS", {}, ["is no class but int"]),
+        (f"{FAULTY}:NOT_A_CLASS", {}, ["is not a class but int"]),
         (f"{FAULTY}:Arguments", {}, ["missing a required argument: 'size'", "it takes (size"]),
         (f"{FAULTY}:Arguments", {"size": 1, "z": 2}, ["unexpected keyword argument 'z'"]),
         (f"{FAULTY}:NoSetup", {}, ["has no setup(device)"]),
@@ -96,19 +96,27 @@ def test_a_class_beside_the_configuration_is_enough(
             {},
             ["speak(text, voice) cannot", "as speak(request)", "missing a required argument"],
         ),
-        (f"{FAULTY}:HealthWithArgument", {}, ["as health(), which", "'verbose'"]),
+        (f"{FAULTY}:HealthWithArgument", {}, ["cannot be called as health()", "'verbose'"]),
         (f"{FAULTY}:PredictIsData", {}, ["predict is not a method but int: define predict(r"]),
         (f"{FAULTY}:AsyncSetupFails", {}, ['setup("cpu") failed: FileNotFoundError', "weights"]),
         (f"{FAULTY}:SetupFails", {}, ['setup("cpu") failed: FileNotFoundError', "faulty_start.py"]),
         (f"{FAULTY}:WarmUpFails", {}, ["warm_up() failed: RuntimeError: no kernel image"]),
         (f"{FAULTY}:Exits", {}, ["setup", "SystemExit"]),
-        (f"{FAULTY}:HealthFails", {}, ["health() failed: TypeError", "gave a list; a dict"]),
-        (f"{FAULTY}:LongestFails", {}, ["longest_request() failed: TypeError", "gave a str"]),
-        (f"{FAULTY}:NoVoices", {}, ["voices is []", "at least one"]),
-        ("tests.workers.models.speech:Hum", {"sample_rate": 16000.5}, ["sample_rate is 16000.5"]),
+        (
+            f"{FAULTY}:HealthFails",
+            {},
+            ["health() failed: TypeError", "must return a dict, got list"],
+        ),
+        (f"{FAULTY}:LongestFails", {}, ["longest_request() failed: TypeError", "got str"]),
+        (f"{FAULTY}:NoVoices", {}, ["voices must be a list with at least one name, got []"]),
+        (
+            "tests.workers.models.speech:Hum",
+            {"sample_rate": 16000.5},
+            ["sample_rate must be an integer", "got 16000.5"],
+        ),
     ],
 )
-def test_what_cannot_load_says_so_in_one_line(
+def test_load_errors_are_one_line(
     executor: ThreadPoolExecutor, target: str, args: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(LoadError) as error:
@@ -125,7 +133,7 @@ MODEL = "class Mine:\n    def setup(self, device): pass\n    def predict(self, r
 
 @pytest.mark.parametrize("package", OWN)
 @pytest.mark.parametrize("shape", ["folder", "module"])
-def test_a_name_that_clashes_with_gpufarms_own(tmp_path: Path, package: str, shape: str) -> None:
+def test_module_hidden_by_a_gpufarm_package(tmp_path: Path, package: str, shape: str) -> None:
     """In a real worker: a test's own process has other packages imported."""
     if shape == "folder":
         file, target = tmp_path / package / "mymodel.py", f"{package}.mymodel:Mine"
@@ -147,14 +155,14 @@ def test_a_name_that_clashes_with_gpufarms_own(tmp_path: Path, package: str, sha
     assert f"no {'Mine' if shape == 'module' else 'mymodel'}; rename it" in line
 
 
-def test_a_module_that_gpufarms_own_package_lacks_is_merely_missing(
+def test_missing_submodule_of_a_gpufarm_package(
     executor: ThreadPoolExecutor,
 ) -> None:
-    with pytest.raises(LoadError, match=r"there is no module workers\.nothing"):
+    with pytest.raises(LoadError, match=r"no module named workers\.nothing"):
         load(Spec(target="workers.nothing:Mine", path=(REPOSITORY,)), "cpu", executor)
 
 
-def test_a_missing_folder_is_named(executor: ThreadPoolExecutor, tmp_path: Path) -> None:
+def test_missing_folder_is_named(executor: ThreadPoolExecutor, tmp_path: Path) -> None:
     spec = Spec(target="a:B", path=(tmp_path / "none",))
-    with pytest.raises(LoadError, match="is no folder"):
+    with pytest.raises(LoadError, match="is not a folder"):
         load(spec, "cpu", executor)

@@ -1,4 +1,4 @@
-"""Callers that leave, deadlines that pass, and lines that are full, over HTTP."""
+"""Disconnects, deadlines and full queues, over HTTP."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.workers.harness import PATIENCE, WorkerProcess, eventually
+from tests.workers.harness import TIMEOUT, WorkerProcess, eventually
 
 
 @pytest.fixture
@@ -39,25 +39,25 @@ class Slow(WorkerProcess):
         return httpx.post(
             f"{self.url}/predict",
             json={"name": name, "until": str(self.gate)},
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             **options,
         )
 
     def sends(self, body: str) -> socket.socket:
-        """A caller on a bare socket, which can leave at any time."""
+        """A client on a bare socket, which can disconnect at any time."""
         host, port = self.url.removeprefix("http://").split(":")
-        caller = socket.create_connection((host, int(port)), timeout=PATIENCE)
+        caller = socket.create_connection((host, int(port)), timeout=TIMEOUT)
         head = "POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         caller.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         return caller
 
 
-def test_a_full_line_answers_429_and_serves_again(
+def test_full_queue_responds_429_and_recovers(
     tmp_path: Path, callers: concurrent.futures.ThreadPoolExecutor
 ) -> None:
-    with Slow(tmp_path, queue=1) as worker:
+    with Slow(tmp_path, queue_size=1) as worker:
         admitted = [callers.submit(worker.held, str(number)) for number in range(2)]
-        eventually(lambda: worker.standing() == (1, 1), "a full line")
+        eventually(lambda: worker.running_and_waiting() == (1, 1), "a full queue")
         refused = worker.held("third")
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
@@ -71,12 +71,12 @@ def test_a_full_line_answers_429_and_serves_again(
         assert "ran third" not in worker.noted()
 
 
-def test_health_answers_while_the_model_is_busy(
+def test_health_responds_while_the_model_is_busy(
     tmp_path: Path, callers: concurrent.futures.ThreadPoolExecutor
 ) -> None:
     with Slow(tmp_path) as worker:
         answer = callers.submit(worker.held, "long")
-        eventually(lambda: worker.standing() == (1, 0), "the request")
+        eventually(lambda: worker.running_and_waiting() == (1, 0), "the request")
         assert worker.health()["status"] == "ready"
         assert worker.client.get("/readyz").status_code == 200
         assert not answer.done()
@@ -84,15 +84,15 @@ def test_health_answers_while_the_model_is_busy(
         assert answer.result().status_code == 200
 
 
-def test_who_leaves_the_line_never_runs(
+def test_disconnected_request_in_the_queue_never_runs(
     tmp_path: Path, callers: concurrent.futures.ThreadPoolExecutor
 ) -> None:
     with Slow(tmp_path) as worker:
         first = callers.submit(worker.held, "first")
         eventually(lambda: worker.health()["running"] == 1, "the first")
         with worker.sends('{"name": "left"}'):
-            eventually(lambda: worker.standing() == (1, 1), "the second in the line")
-        eventually(lambda: worker.health()["waiting"] == 0, "it to have left")
+            eventually(lambda: worker.running_and_waiting() == (1, 1), "the second in the queue")
+        eventually(lambda: worker.health()["waiting"] == 0, "its disconnect")
         assert worker.metric("gpufarm_requests_cancelled_total", stage="waiting") == 1
         assert worker.metric("gpufarm_requests_total", code="499") == 1
         worker.gate.touch()
@@ -101,7 +101,7 @@ def test_who_leaves_the_line_never_runs(
         assert worker.noted() == ["ran first", "ran last"]
 
 
-def test_who_leaves_while_running_costs_only_that_run(tmp_path: Path) -> None:
+def test_disconnect_while_running_cancels_only_that_request(tmp_path: Path) -> None:
     with Slow(tmp_path) as worker:
         with worker.sends(f'{{"name": "left", "until": "{worker.gate}"}}'):
             eventually(lambda: worker.health()["running"] == 1, "it to run")
@@ -115,7 +115,7 @@ def test_who_leaves_while_running_costs_only_that_run(tmp_path: Path) -> None:
         assert worker.held("next").status_code == 200
 
 
-def test_who_leaves_a_stream_closes_the_generator_on_the_device_thread(tmp_path: Path) -> None:
+def test_disconnect_closes_the_generator_on_the_device_thread(tmp_path: Path) -> None:
     with Slow(tmp_path, "Counting") as worker:
         body = f'{{"until": "{worker.gate}"}}'
         with worker.sends(body) as caller:
@@ -128,7 +128,7 @@ def test_who_leaves_a_stream_closes_the_generator_on_the_device_thread(tmp_path:
         assert worker.metric("gpufarm_requests_cancelled_total", stage="streaming") == 1
 
 
-def test_a_deadline_in_the_line_is_504_and_never_runs(
+def test_deadline_in_the_queue_is_504_and_never_runs(
     tmp_path: Path, callers: concurrent.futures.ThreadPoolExecutor
 ) -> None:
     with Slow(tmp_path) as worker:
@@ -138,7 +138,7 @@ def test_a_deadline_in_the_line_is_504_and_never_runs(
         assert late.status_code == 504
         assert late.json()["error"]["code"] == "deadline_passed"
         message = late.json()["error"]["message"]
-        assert message.endswith("was waiting: it may take 0.05 s (X-Request-Timeout).")
+        assert message.endswith("was waiting: the limit is 0.05 s (X-Request-Timeout).")
         assert late.headers["x-should-retry"] == "false"
         worker.gate.touch()
         assert first.result().status_code == 200
@@ -146,7 +146,7 @@ def test_a_deadline_in_the_line_is_504_and_never_runs(
         assert worker.noted() == ["ran first", "ran last"]
 
 
-def test_the_configured_deadline_holds_while_running_and_cannot_be_lengthened(
+def test_configured_timeout_holds_while_running_and_cannot_be_extended(
     tmp_path: Path,
 ) -> None:
     with Slow(tmp_path, request_timeout=0.3) as worker:
@@ -157,7 +157,7 @@ def test_the_configured_deadline_holds_while_running_and_cannot_be_lengthened(
         eventually(lambda: worker.health()["running"] == 0, "the end of the late one")
 
 
-def test_a_stream_is_cut_at_its_deadline(tmp_path: Path) -> None:
+def test_stream_is_cut_off_at_its_deadline(tmp_path: Path) -> None:
     with Slow(tmp_path, "Counting", request_timeout=1.0) as worker:
         try:
             late = worker.held("late")
@@ -168,21 +168,21 @@ def test_a_stream_is_cut_at_its_deadline(tmp_path: Path) -> None:
         eventually(worker.noted, "the generator's end")
 
 
-def test_a_body_that_never_comes_is_given_up(tmp_path: Path) -> None:
+def test_body_that_never_arrives_is_408(tmp_path: Path) -> None:
     with Slow(tmp_path, request_timeout=0.3) as worker:
         host, port = worker.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=PATIENCE) as caller:
+        with socket.create_connection((host, int(port)), timeout=TIMEOUT) as caller:
             caller.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
             assert caller.recv(100).startswith(b"HTTP/1.1 408")
-        with socket.create_connection((host, int(port)), timeout=PATIENCE) as caller:
+        with socket.create_connection((host, int(port)), timeout=TIMEOUT) as caller:
             caller.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n")
             assert caller.recv(100).startswith(b"HTTP/1.1 408")
-        with socket.create_connection((host, int(port)), timeout=PATIENCE) as caller:
+        with socket.create_connection((host, int(port)), timeout=TIMEOUT) as caller:
             caller.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
         assert worker.health()["running"] == 0
 
 
-def test_a_request_that_another_worker_had_has_the_rest_of_its_time(tmp_path: Path) -> None:
+def test_retried_request_has_the_rest_of_its_time(tmp_path: Path) -> None:
     """The balancer's stamp stays the same when it tries the next worker."""
     with Slow(tmp_path, request_timeout=30.0) as worker:
         began = time.time()
@@ -197,7 +197,7 @@ def test_a_request_that_another_worker_had_has_the_rest_of_its_time(tmp_path: Pa
 
 
 @pytest.mark.parametrize("offset", ["x", "nan", "inf", "-inf", 3600.0, -1e6, -1.7e9])
-def test_a_stamp_that_is_not_sane_is_not_heeded(tmp_path: Path, offset: str | float) -> None:
+def test_implausible_request_start_is_ignored(tmp_path: Path, offset: str | float) -> None:
     with Slow(tmp_path) as worker:
         worker.gate.touch()
         stamp = offset if isinstance(offset, str) else f"{time.time() + offset:.3f}"
