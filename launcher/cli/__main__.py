@@ -17,7 +17,7 @@ from typing import NoReturn, Protocol, TypeGuard
 from typer import Abort
 
 from launcher.cli.app import app
-from launcher.cli.exit_codes import (
+from launcher.config.exit_codes import (
     BAD_CONFIGURATION,
     DOES_NOT_FIT,
     DONE,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launcher.cli.exit_codes import DONE, FAILED
+from launcher.config.exit_codes import DONE, FAILED
 
 if TYPE_CHECKING:
     from launcher.cli.client import Client

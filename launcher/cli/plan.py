@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from launcher.cli import report
-from launcher.cli.exit_codes import DOES_NOT_FIT, DONE, FAILED
+from launcher.config.exit_codes import DOES_NOT_FIT, DONE, FAILED
 from launcher.config.settings import Settings
 from launcher.config.sizes import format_size, parse_size_with_unit
 from launcher.config.sources import ConfigError

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
+from launcher.config.exit_codes import CANNOT_LOAD, LOAD_FAILED
 from launcher.config.settings import ProbeRequest
 from launcher.config.sizes import MIB
 from launcher.planning.inventory import Footprint
@@ -18,12 +19,6 @@ from launcher.planning.sampling import Sampler, Watch
 
 ROUNDS = 2
 """How often the longest requests are run once warm: allocators grow again on the second."""
-
-
-FAILED_TO_LOAD = 1
-"""A worker's exit code for: I could not load this time."""
-CANNOT_LOAD = 3
-"""A worker's exit code for: I could not load, and trying again would not help."""
 
 
 class MeasureError(Exception):
@@ -173,7 +168,7 @@ def _await_ready(worker: RunningWorker, timeout: float) -> None:
         code = worker.exit_code()
         if code is not None:
             words = worker.last_words()
-            if code in (FAILED_TO_LOAD, CANNOT_LOAD) and words:
+            if code in (LOAD_FAILED, CANNOT_LOAD) and words:
                 raise MeasureError(f"the worker could not load: {words}")
             said = f": {words}" if words else ""
             raise MeasureError(f"the worker ended with exit code {code} before it was ready{said}")

@@ -13,10 +13,10 @@ import signal
 import sys
 from contextlib import suppress
 
+from launcher.config.exit_codes import CANNOT_LOAD
+
 PR_SET_PDEATHSIG = 1
 """From <linux/prctl.h>; it lasts through exec."""
-CANNOT_LOAD = 3
-"""As a worker's exit code: trying again would not help."""
 
 
 def main() -> None:

@@ -12,8 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-CANNOT_LOAD = 3
-"""The exit code after which a worker is not started again."""
+from launcher.config.exit_codes import CANNOT_LOAD
 
 
 def main() -> None:

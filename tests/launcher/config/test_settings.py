@@ -56,7 +56,7 @@ def test_state_follows_xdg(elsewhere: Path) -> None:
 
 
 def test_later_sources_win_key_by_key(elsewhere: Path) -> None:
-    written(elsewhere, "port = 1\nhost = '::1'\n[workers]\ncount = 1\nmax = 2\nline = 3\n")
+    written(elsewhere, "port = 1\nhost = '::1'\n[workers]\ncount = 1\nmax = 2\nqueue_size = 3\n")
     environ = HOME | {"GPUFARM_PORT": "2", "GPUFARM_WORKERS__COUNT": "2"}
     settings = load(None, {"port": 3, "host": None, "workers.max": 4}, environ)
     assert (settings.port, settings.host) == (3, "::1")
@@ -286,7 +286,7 @@ def test_the_example_holds_exactly_the_keys_and_their_defaults(elsewhere: Path) 
 def test_reading_the_configuration_stays_light() -> None:
     heavy = ["rich", "typer", "httpx", "torch", "onnxruntime", "starlette", "uvicorn", "asyncio"]
     code = (
-        "import sys; from launcher.config import config, state; "
+        "import sys; from launcher.config import settings, state; "
         "from launcher.planning import plan; "
         f"print([m for m in {heavy!r} if m in sys.modules])"
     )
