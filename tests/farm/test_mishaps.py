@@ -209,6 +209,6 @@ def test_up_does_not_call_an_emptied_farm_ready() -> None:
         farm.run("drain", "w1")
         told = farm.run("up").stdout
         assert "Ready at" not in told
-        assert "no worker is wanted" in told
+        assert "no worker is desired" in told
         farm.run("restart", "w1")
         assert "Ready at" in farm.run("up").stdout
