@@ -40,7 +40,7 @@ PROBLEMS = {
     "model_type": "must be a section (a table of keys)",
     "model_attributes_type": "must be a section (a table of keys)",
 }
-"""pydantic's kind of error → what is wrong, where the field's description does not say it."""
+"""pydantic's kind of error → what is wrong, where the field has no description of it."""
 
 
 class ConfigError(Exception):
@@ -283,8 +283,8 @@ def _check_keys(schema: type[BaseModel], layer: Layer) -> None:
         guess = (same_name or [nearest(key, siblings) or nearest(key, known)])[0]
         names = ", ".join(one.removeprefix(f"{parent}.") for one in siblings)
         remedy = f"did you mean {guess}?" if guess else f"known: {names}"
-        shown = _format_unknown(key, value)
-        raise _config_error(f"{layer.label}: {key}", shown, PROBLEMS["extra_forbidden"], remedy)
+        text = _format_unknown(key, value)
+        raise _config_error(f"{layer.label}: {key}", text, PROBLEMS["extra_forbidden"], remedy)
 
 
 def _entries(
@@ -318,9 +318,9 @@ def _explain_problem(
     if message and isinstance(value, dict):  # about a whole section
         return ConfigError(f"{label}: {' '.join(filter(None, (key, message)))}")
     place = layer.names.get(names) if layer else None
-    shown = _format_unknown(key, value) if kind == "extra_forbidden" else _format(key, value)
+    text = _format_unknown(key, value) if kind == "extra_forbidden" else _format(key, value)
     wrong = message or PROBLEMS.get(kind) or _requirement(schema, names) or problem["msg"]
-    return _config_error(place or f"{label}: {key}", shown, wrong)
+    return _config_error(place or f"{label}: {key}", text, wrong)
 
 
 def _config_error(place: str, value: str, problem: str, remedy: str = "") -> ConfigError:
@@ -330,7 +330,7 @@ def _config_error(place: str, value: str, problem: str, remedy: str = "") -> Con
 
 
 def _requirement(schema: type[BaseModel], names: tuple[str, ...]) -> str:
-    """Say what a key "must be"; an item such as ``aliases.0`` is described by its list."""
+    """Format what a key "must be"; an item such as ``aliases.0`` is described by its list."""
     fields = all_keys(schema)
     keys = (".".join(names[:depth]) for depth in range(len(names), 0, -1))
     info = next((fields[key] for key in keys if key in fields), None)

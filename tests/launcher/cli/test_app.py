@@ -55,7 +55,7 @@ def test_version_is_printed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "expected"),
     [
         ('footprint.requests = [{ path = "/predict", json = { text = "it\'s" } }]', "it's"),
         ('footprint.requests = [{ path = "/get" }]', "…"),
@@ -63,7 +63,7 @@ def test_version_is_printed(tmp_path: Path) -> None:
     ],
 )
 def test_the_example_request_is_one_of_the_configuration(
-    tmp_path: Path, text: str, shown: str
+    tmp_path: Path, text: str, expected: str
 ) -> None:
     (tmp_path / "gpufarm.toml").write_text(f'{text}\nmodel.target = "a:B"\n')
     settings = load(tmp_path / "gpufarm.toml", {}, {"HOME": str(tmp_path)})
@@ -71,7 +71,7 @@ def test_the_example_request_is_one_of_the_configuration(
     farm = Farm(StateDir(tmp_path), Generation(1, settings, planned, ""), ())
     words = shlex.split(example_request(farm, {"workers": [{"health": {}}]}))
     assert words[1] == f"{farm.url}/predict"
-    assert (json.loads(words[-1])["text"] if words[-1] != "…" else "…") == shown
+    assert (json.loads(words[-1])["text"] if words[-1] != "…" else "…") == expected
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -59,9 +59,9 @@ def test_a_line_of_nginx() -> None:
     assert record.text == ("2026-11-25T12:00:00.000Z [error] 7#0: *1 refused",)
     assert (record.level, record.message) == ("ERROR", "7#0: *1 refused")
     access = '{"time":"2026-11-25T12:00:00+00:00","status":200}'
-    shown = only(access, "nginx-access")
-    assert (shown.time, shown.text) == (NOON, (access,))
-    assert json.loads(shown.to_json())["status"] == 200
+    record = only(access, "nginx-access")
+    assert (record.time, record.text) == (NOON, (access,))
+    assert json.loads(record.to_json())["status"] == 200
 
 
 @pytest.mark.parametrize(
