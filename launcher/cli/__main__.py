@@ -1,6 +1,6 @@
-"""``gpufarm``, or ``python -m launcher.cli``: every expected error is one line and a code."""
+"""``gpufarm``, or ``python -m launcher.cli``: run a command; report each error as one line."""
 
-# What an error needs is imported when there is one: help answers at once.
+# Errors are imported only when one is raised, so that help is instant.
 # ruff: noqa: PLC0415
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn, Protocol, TypeGuard
 
-from launcher.cli.exit_codes import (
+from launcher.config.exit_codes import (
     BAD_CONFIGURATION,
     DOES_NOT_FIT,
     DONE,
@@ -25,7 +25,7 @@ from launcher.cli.exit_codes import (
 
 
 class UsageError(Protocol):
-    """What Typer raises for a wrong command line."""
+    """The error that Typer raises for a wrong command line."""
 
     exit_code: int
 
@@ -34,9 +34,9 @@ class UsageError(Protocol):
 
 
 def _exit_code(error: Exception) -> int | None:
-    """The code of an error that a user can act on; None for one that is a mistake of ours."""
+    """Return the exit code of an expected error; None for a bug of gpufarm."""
     from balancer.nginx import BalancerError
-    from launcher.cli.client import AwayError, NotRunningError, RefusedError
+    from launcher.cli.client import ControllerUnavailableError, NotRunningError, RefusedError
     from launcher.cli.up import UpError
     from launcher.config.settings import ConfigError
     from launcher.config.state import StateError
@@ -54,7 +54,7 @@ def _exit_code(error: Exception) -> int | None:
         (DoesNotFit, DOES_NOT_FIT),
         (NotRunningError, NOT_RUNNING),
         (UpError, FAILED),
-        (AwayError, FAILED),
+        (ControllerUnavailableError, FAILED),
         (BalancerError, FAILED),
         (MeasureError, FAILED),
         (StateError, FAILED),
@@ -65,17 +65,17 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def main() -> None:
-    """Run the command; every expected error is one line and an exit code."""
+    """Run the command; an expected error is one line and an exit code."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, _leave)
+            signal.signal(number, _exit_on_signal)
     try:
         from launcher.cli.app import app
 
         sys.exit(app(standalone_mode=False) or DONE)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(DONE)
     except Exception as error:
@@ -90,27 +90,27 @@ def main() -> None:
             where = f" ({error.filename})" if error.filename else ""
             _fail(f"the disk is full{where}; free some space and run the command again", FAILED)
         if code is None:
-            _fail(_explain_mistake(error), FAILED, error)
+            _fail(_describe_bug(error), FAILED, error)
         _fail(str(error), code, error)
 
 
 def is_usage_error(error: Exception) -> TypeGuard[UsageError]:
-    """Whether the command line itself is wrong: an unknown option, a missing argument.
+    """Return whether the command line is wrong: an unknown option, a missing argument.
 
-    Typer brings click's exceptions from a module that changes with its version.
+    Typer re-exports click's exceptions from a module that changes with its version.
     """
     return hasattr(error, "format_message") and hasattr(error, "exit_code")
 
 
 def _fail(message: str, code: int, error: Exception | None = None) -> NoReturn:
-    """One line on standard error, the same as JSON on standard output where it was asked for."""
+    """Print the error on standard error, and as JSON where ``--json`` asks for it; exit."""
     print(f"gpufarm: {message}", file=sys.stderr)
     _print_json(message, code, error)
     sys.exit(code)
 
 
 def _print_json(message: str, code: int, error: object) -> None:
-    """The error on standard output, where ``--json`` is among the arguments."""
+    """Print the error as JSON on standard output where ``--json`` is given."""
     arguments = sys.argv[1:]
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if "--json" in options:
@@ -119,26 +119,26 @@ def _print_json(message: str, code: int, error: object) -> None:
         print(json.dumps(body, indent=2, ensure_ascii=False))
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    """What was begun is ended on the way out, such as a worker that is being measured."""
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    """Raise, so that cleanup runs, such as that of a worker that is being measured."""
     del frame
     raise SystemExit(128 + number)
 
 
-def _explain_mistake(error: Exception) -> str:
-    """The line about an unexpected error; its traceback goes into a file."""
+def _describe_bug(error: Exception) -> str:
+    """Format an unexpected error as one line, and write its traceback to a file."""
     import tempfile
     import traceback
 
-    details = "no details: the folder for temporary files cannot be written"
+    details = "no details: the temporary directory is not writable"
     with suppress(OSError):
         with tempfile.NamedTemporaryFile(
             "w", prefix="gpufarm-error-", suffix=".txt", delete=False
         ) as file:
             traceback.print_exception(error, file=file)
         details = f"details in {file.name}"
-    told = " ".join(str(error).split())
-    return f"{type(error).__name__}: {told} (unexpected; {details})"
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message} (unexpected; {details})"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """The command `gpufarm`. Commands import what they need when they run: help answers at once."""
 
-# Imports inside functions are the point here; options are many by nature.
+# Imports are inside of functions on purpose; a command has many options.
 # ruff: noqa: PLC0415, PLR0917
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launcher.cli.exit_codes import DONE, FAILED
+from launcher.config.exit_codes import DONE, FAILED
 
 if TYPE_CHECKING:
     from launcher.cli.client import Client
@@ -45,31 +44,31 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 WorkerId = Annotated[str, typer.Argument(metavar="ID", help="A worker, such as w1.")]
 
 
-def settings_of(config: Path | None, **overrides: Any) -> Settings:
-    """The configuration, with what the command line says. Raises ConfigError."""
+def load_settings(config: Path | None, **overrides: Any) -> Settings:
+    """Load the configuration with the command line's overrides. Raises ConfigError."""
     from launcher.config.settings import load
 
     return load(config, {key.replace("__", "."): value for key, value in overrides.items()})
 
 
-def state_of(config: Path | None, state_dir: Path | None) -> StateDir:
+def load_state_dir(config: Path | None, state_dir: Path | None) -> StateDir:
     from launcher.config.state import StateDir
 
-    if state_dir is not None:  # a farm can be asked and ended whatever its file says by now
+    if state_dir is not None:  # a farm can be stopped whatever its configuration file says now
         return StateDir(state_dir)
-    return StateDir(settings_of(config).state_dir)
+    return StateDir(load_settings(config).state_dir)
 
 
-def running(config: Path | None, state_dir: Path | None) -> tuple[Farm, Client]:
-    """The farm that runs there, and its controller. Raises NotRunningError."""
+def load_running_farm(config: Path | None, state_dir: Path | None) -> tuple[Farm, Client]:
+    """Load the running farm and a client of its controller. Raises NotRunningError."""
     from launcher.cli.client import Client, running_farm
 
-    farm = running_farm(state_of(config, state_dir))
+    farm = running_farm(load_state_dir(config, state_dir))
     return farm, Client(farm)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from importlib import metadata
 
         print(metadata.version("gpufarm"))
@@ -80,7 +79,9 @@ def _print_version(wanted: bool) -> None:
 def gpufarm(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """A farm of batch-1 model workers on the GPUs you have: sized, supervised, balanced."""
@@ -94,85 +95,70 @@ def up(
     port: PortNumber = None,
     workers: WorkerCount = None,
     foreground: Annotated[
-        bool, typer.Option("--foreground", "-f", help="Stay, and print all logs: for containers.")
+        bool, typer.Option("--foreground", "-f", help="Stay and print all logs, for containers.")
     ] = False,
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace a running farm of another file.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Start the farm, or bring the running one to its file.
+    """Start the farm, or refresh the running one from its configuration.
 
     Returns when every worker is ready.
     """
-    from launcher.cli.progress import progress
+    from launcher.cli.output import progress, show_workers
+    from launcher.cli.run import run_in_foreground, wait_or_shut_down
     from launcher.cli.up import Up
     from launcher.config.state import StateDir
 
-    settings = settings_of(
+    settings = load_settings(
         config, state_dir=state_dir, host=host, port=port, workers__count=workers
     )
     state = StateDir(settings.state_dir).create()
     if foreground:
-        from launcher.cli.foreground import stay
-
-        run = Up(settings, state, lambda line: print(f"gpufarm | {line}", flush=True), replace)
-        raise typer.Exit(stay(run))
-    with progress("bringing the farm up") as say:
-        run = Up(settings, state, say, replace)
+        start = Up(settings, state, lambda line: print(f"gpufarm | {line}", flush=True), replace)
+        raise typer.Exit(run_in_foreground(start))
+    with progress("starting the farm") as report:
+        start = Up(settings, state, report, replace)
         try:
             with state.lock():
-                farm = run.bring_up()
-            # Other commands may go on while the workers load: `down` above all.
+                farm = start.bring_up()
+            # The lock is free while the workers load, above all for `down`.
             try:
-                view = run.wait_or_end(farm)
+                view = wait_or_shut_down(start, farm)
             finally:
                 if len(farm.generations) > 1:
-                    run.finish()
+                    start.finish_rollout()
         except KeyboardInterrupt:
-            if run.farm is not None:
-                say("interrupted; the farm goes on starting: see `gpufarm ps`, or `gpufarm down`")
+            if start.farm is not None:
+                report("interrupted; the farm keeps starting: see `gpufarm ps`, or `gpufarm down`")
             raise
-    show(farm, view, as_json, closing=True)
-
-
-def show(farm: Farm, view: dict[str, Any], as_json: bool, closing: bool = False) -> None:
-    """Print the workers; ``closing`` adds where the farm is and how to try it."""
-    if as_json:
-        print(json.dumps(view, indent=2))
-        return
-    from launcher.cli.listing import curl_line, print_workers
-    from launcher.cli.report import console
-
-    print_workers(view, console())
-    if closing and not any(worker["state"] == "ready" for worker in view["workers"]):
-        print(f"\n{farm.url} answers 503: no worker is wanted. `gpufarm scale 1` starts one,")
-        print("`gpufarm restart w1` refills a drained slot.")
-    elif closing:
-        print(f"\nReady at {farm.url}. Try:\n  {curl_line(farm, view)}")
+    show_workers(farm, view, as_json, with_example=True)
 
 
 @app.command()
 def down(config: ConfigFile = None, state_dir: StateFolder = None, as_json: AsJson = False) -> None:
-    """Stop the farm, once it has finished what it has.
+    """Stop the farm after its requests are finished.
 
-    First nginx stops to take requests, then every worker ends when its line is empty.
+    nginx stops accepting requests first, then every worker ends when its queue is empty.
     """
     from launcher.cli.down import bring_down
-    from launcher.cli.progress import progress
+    from launcher.cli.output import print_result, progress
 
-    state = state_of(config, state_dir)
-    with progress("stopping") as say:
-        bring_down(state, say)
+    state = load_state_dir(config, state_dir)
+    with progress("stopping") as report:
+        bring_down(state, report)
     if as_json:
-        print(json.dumps({"state": "down", "state_dir": str(state.path)}, indent=2))
+        print_result({"state": "down", "state_dir": str(state.path)})
 
 
 @app.command()
 def ps(config: ConfigFile = None, state_dir: StateFolder = None, as_json: AsJson = False) -> None:
     """Show the workers."""
-    farm, client = running(config, state_dir)
-    show(farm, client.workers(), as_json)
+    from launcher.cli.output import show_workers
+
+    farm, client = load_running_farm(config, state_dir)
+    show_workers(farm, client.workers(), as_json)
 
 
 @app.command()
@@ -182,7 +168,11 @@ def plan(
     workers: WorkerCount = None,
     device: Annotated[
         list[str] | None,
-        typer.Option("--device", metavar="SIZE", help="Plan for a device of 24GiB; repeatable."),
+        typer.Option(
+            "--device",
+            metavar="SIZE",
+            help="Plan for a hypothetical device of this size, such as 24GiB; repeatable.",
+        ),
     ] = None,
     footprint: Annotated[
         str | None, typer.Option("--footprint", metavar="SIZE", help="Memory of one worker.")
@@ -190,7 +180,7 @@ def plan(
     cores: Annotated[int | None, typer.Option("--cores", help="Cores to plan with.")] = None,
     ram: Annotated[str | None, typer.Option("--ram", metavar="SIZE", help="Host RAM.")] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure one worker alone, also if it was before.")
+        bool, typer.Option("--measure", help="Measure one worker, even if it was measured before.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -199,7 +189,7 @@ def plan(
     from launcher.cli.client import NotRunningError, running_farm
     from launcher.config.state import StateDir
 
-    settings = settings_of(config, state_dir=state_dir, workers__count=workers)
+    settings = load_settings(config, state_dir=state_dir, workers__count=workers)
     current = None
     if not (device or footprint or measure or workers or ram or cores is not None):
         with suppress(NotRunningError):
@@ -225,22 +215,22 @@ def scale(
     state_dir: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Have N workers; it lasts until `down`.
+    """Set the number of workers until `down`.
 
-    `auto` brings back what the configuration says.
+    `auto` restores the configured number.
     """
     from launcher.cli.up import UpError
     from launcher.config.settings import ConfigError
 
     if count != "auto" and not count.isdecimal():
-        raise ConfigError(f"{count}: must be a whole number from 0, or auto")
-    farm, client = running(config, state_dir)
+        raise ConfigError(f"N must be a whole number of at least 0, or auto, got {count}")
+    farm, client = load_running_farm(config, state_dir)
     view = client.scale(count if count == "auto" else int(count))
     for warning in view["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    asked, now = view["count"], settle(farm, as_json)["count"]
-    if asked != now:
-        raise UpError(f"asked for {asked} workers, but another command has set {now} meanwhile")
+    requested, now = view["count"], wait_and_show(farm, as_json)["count"]
+    if requested != now:
+        raise UpError(f"requested {requested} workers, but another command has set {now} since")
 
 
 @app.command()
@@ -250,13 +240,13 @@ def drain(
     state_dir: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let a worker finish, and keep its slot empty.
+    """Let a worker finish its requests, and keep its slot empty.
 
     `restart` refills it.
     """
-    farm, client = running(config, state_dir)
+    farm, client = load_running_farm(config, state_dir)
     client.drain(worker)
-    settle(farm, as_json)
+    wait_and_show(farm, as_json)
 
 
 @app.command()
@@ -268,21 +258,21 @@ def restart(
 ) -> None:
     """Replace workers one after another.
 
-    Where a slot is free, one more serves meanwhile, so there is no gap.
+    Where a slot is free, an extra worker serves meanwhile, so there is no gap.
     """
-    farm, client = running(config, state_dir)
+    farm, client = load_running_farm(config, state_dir)
     client.restart(worker)
-    settle(farm, as_json)
+    wait_and_show(farm, as_json)
 
 
-def settle(farm: Farm, as_json: bool) -> dict[str, Any]:
-    """Wait until what was asked for has happened, and show the result."""
-    from launcher.cli.progress import progress
-    from launcher.cli.up import Up
+def wait_and_show(farm: Farm, as_json: bool) -> dict[str, Any]:
+    """Wait until the workers are as desired, then print them. Returns `GET /workers`."""
+    from launcher.cli.output import progress, show_workers
+    from launcher.cli.run import wait_for_workers
 
-    with progress("waiting for the workers") as say:
-        view = Up(farm.settings, farm.state, say).wait(farm)
-    show(farm, view, as_json)
+    with progress("waiting for the workers") as report:
+        view = wait_for_workers(farm, report)
+    show_workers(farm, view, as_json)
     return view
 
 
@@ -291,43 +281,43 @@ def logs(
     process: Annotated[
         str | None, typer.Argument(metavar="[ID]", help="w1, nginx, controller, … Default: all.")
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as they grow.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Keep printing as the logs grow.")
+    ] = False,
     lines: Annotated[
-        int, typer.Option("--lines", "-n", min=0, help="How many to begin with.")
+        int, typer.Option("--lines", "-n", min=0, help="How many of the last lines of each log.")
     ] = 20,
     config: ConfigFile = None,
     state_dir: StateFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the logs of the farm's processes, in the order of time (UTC)."""
+    """Print the logs of the farm's processes, ordered by time (UTC)."""
     from launcher.cli.client import NotRunningError
-    from launcher.cli.log_tail import Follower
+    from launcher.cli.log_tail import LogTail
     from launcher.config.settings import ConfigError
 
-    state = state_of(config, state_dir)
+    state = load_state_dir(config, state_dir)
     if not state.logs.is_dir():
-        raise NotRunningError(f"there are no logs in {state.path}; no farm has run there")
-    follower = Follower(state.logs, (process,) if process else (), print, lines, as_json)
+        raise NotRunningError(f"no logs in {state.path}: no farm has run there")
+    tail = LogTail(state.logs, (process,) if process else (), print, lines, as_json)
     if process and not follow and not (state.logs / f"{process}.log").exists():
-        there = ", ".join(sorted(path.stem for path in state.logs.glob("*.log"))) or "none"
-        raise ConfigError(
-            f"{process}: it has written nothing yet, or does not exist; logs: {there}"
-        )
-    follower.show_new()
+        known = ", ".join(sorted(path.stem for path in state.logs.glob("*.log"))) or "none"
+        raise ConfigError(f"{process} has no log, or has written nothing yet; logs: {known}")
+    tail.print_new()
     if follow:
-        follower.follow()
+        tail.follow()
 
 
 @app.command()
 def doctor(
     config: ConfigFile = None, state_dir: StateFolder = None, as_json: AsJson = False
 ) -> None:
-    """Check what a farm needs, and say what to do.
+    """Check what a farm needs, with a remedy for each failure.
 
-    Tools, ports, devices, space, and a stream through the proxy.
+    Tools, ports, devices, disk space, and a stream through the proxy.
     """
-    from launcher.cli.doctor import examine, print_findings
+    from launcher.cli.doctor import print_findings, run_checks
 
-    findings = examine(settings_of(config, state_dir=state_dir))
+    findings = run_checks(load_settings(config, state_dir=state_dir))
     print_findings(findings, as_json)
-    raise typer.Exit(DONE if all(finding.fine for finding in findings) else FAILED)
+    raise typer.Exit(DONE if all(finding.ok for finding in findings) else FAILED)

@@ -1,8 +1,7 @@
-"""`gpufarm doctor`: what a farm needs, checked one by one, each with a remedy."""
+"""`gpufarm doctor`: check what a farm needs, with a remedy for each failure."""
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import sys
@@ -14,8 +13,9 @@ from balancer import nginx
 from balancer import processes as nginx_processes
 from balancer.nginx import BalancerError
 from balancer.start import port_is_free
-from launcher.cli.client import AwayError, Client, NotRunningError, running_farm
-from launcher.cli.stream_check import SentinelError, stream_through
+from launcher.cli.client import Client, ControllerUnavailableError, NotRunningError, running_farm
+from launcher.cli.output import print_result
+from launcher.cli.stream_check import StreamError, check_stream
 from launcher.config.settings import ConfigError, Settings
 from launcher.config.sizes import GIB, format_size
 from launcher.config.state import StateDir, StateError
@@ -23,24 +23,24 @@ from launcher.planning import sizing
 from launcher.planning.devices import discover
 from launcher.supervision.farm import Farm
 
-LEAST_SPACE = 2 * GIB
-OLDEST_NGINX = (1, 18)
-PARTS = ("supervisor", "uvicorn", "starlette", "psutil", "nvidia-ml-py")
-OPTIONAL = ("torch", "onnxruntime", "onnxruntime-gpu")
+MIN_DISK_SPACE = 2 * GIB
+MIN_NGINX = (1, 18)
+REQUIRED_PACKAGES = ("supervisor", "uvicorn", "starlette", "psutil", "nvidia-ml-py")
+ENGINE_PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
-    what: str
-    fine: bool
-    told: str
-    """What was found, and, where it is not fine, the remedy."""
+    check: str
+    ok: bool
+    message: str
+    """What was found and, for a failure, the remedy."""
 
 
-def examine(settings: Settings) -> list[Finding]:
-    """Everything, in the order in which it would fail."""
+def run_checks(settings: Settings) -> list[Finding]:
+    """Run every check, in the order in which a start would fail."""
     checks: Sequence[Callable[[Settings], Iterator[Finding]]] = (
         _versions,
         _nginx,
@@ -54,17 +54,17 @@ def examine(settings: Settings) -> list[Finding]:
 def _versions(settings: Settings) -> Iterator[Finding]:
     del settings
     yield Finding("python", sys.version_info >= (3, 11), platform.python_version())
-    found = {name: _version(name) for name in (*PARTS, *OPTIONAL)}
-    for name in PARTS:
+    found = {name: _version(name) for name in (*REQUIRED_PACKAGES, *ENGINE_PACKAGES)}
+    for name in REQUIRED_PACKAGES:
         version = found[name]
-        yield Finding(name, version is not None, version or "missing: run `make setup`")
-    told = ", ".join(f"{name} {found[name]}" for name in OPTIONAL if found[name])
-    yield Finding("engines", True, told or "neither torch nor onnxruntime is installed")
+        yield Finding(name, version is not None, version or "missing; run `make setup`")
+    engines = ", ".join(f"{name} {found[name]}" for name in ENGINE_PACKAGES if found[name])
+    yield Finding("engines", True, engines or "neither torch nor onnxruntime is installed")
     if found["onnxruntime"] and found["onnxruntime-gpu"]:
         yield Finding(
             "onnxruntime",
             False,
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
             "remove both, then install one",
         )
 
@@ -84,11 +84,11 @@ def _nginx(settings: Settings) -> Iterator[Finding]:
     except BalancerError as error:
         yield Finding("nginx", False, str(error))
         return
-    told = f"{'.'.join(map(str, version))} ({program})"
-    if version < OLDEST_NGINX:
-        yield Finding("nginx", False, f"{told} is too old: install 1.18 or later")
+    description = f"{'.'.join(map(str, version))} ({program})"
+    if version < MIN_NGINX:
+        yield Finding("nginx", False, f"{description} is too old; install 1.18 or later")
     else:
-        yield Finding("nginx", True, told)
+        yield Finding("nginx", True, description)
 
 
 def _devices(settings: Settings) -> Iterator[Finding]:
@@ -111,39 +111,39 @@ def _space(settings: Settings) -> Iterator[Finding]:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    told = f"{format_size(free)} free in {folder}"
-    fine = free >= LEAST_SPACE
-    remedy = "" if fine else f": free {format_size(LEAST_SPACE)}, or choose another --state-dir"
-    yield Finding("disk", fine, told + remedy)
+    space = f"{format_size(free)} free in {folder}"
+    ok = free >= MIN_DISK_SPACE
+    remedy = "" if ok else f"; free {format_size(MIN_DISK_SPACE)}, or choose another --state-dir"
+    yield Finding("disk", ok, space + remedy)
 
 
 def _farm(settings: Settings) -> Iterator[Finding]:
-    """The running farm; where there is none, the port and a proxy made for the purpose."""
+    """Check the running farm, or the port of one to come; and a stream through nginx."""
     try:
         farm = running_farm(StateDir(settings.state_dir))
     except NotRunningError:
         free = port_is_free(settings.host, settings.port)
-        told = "free" if free else "taken by another program: choose another with --port"
+        status = "free" if free else "in use by another program; choose another with --port"
         if not free and nginx_processes.all_members(settings.state_dir):
-            told = "held by this farm's own nginx: `gpufarm up` or `gpufarm down` mends that"
-        yield Finding(f"port {settings.port}", free, told)
+            status = "held by this farm's own nginx; run `gpufarm up` or `gpufarm down`"
+        yield Finding(f"port {settings.port}", free, status)
         farm = None
-    except (AwayError, ConfigError, StateError) as error:  # AwayError: its records are lost
+    except (ControllerUnavailableError, ConfigError, StateError) as error:
         yield Finding("state", False, str(error))
         return
     if farm is not None:
         yield from _workers(farm)
     try:
-        yield Finding("stream", True, stream_through(farm))
-    except (SentinelError, BalancerError) as error:
+        yield Finding("stream", True, check_stream(farm))
+    except (StreamError, BalancerError) as error:
         yield Finding("stream", False, str(error))
 
 
 def _workers(farm: Farm) -> Iterator[Finding]:
-    """What the controller of a running farm has to report."""
+    """Check what the controller of a running farm reports."""
     try:
         view = Client(farm).workers()
-    except AwayError as error:
+    except ControllerUnavailableError as error:
         yield Finding("controller", False, f"{error}; see `gpufarm logs controller`")
         return
     if view["problem"]:
@@ -152,20 +152,20 @@ def _workers(farm: Farm) -> Iterator[Finding]:
         yield Finding(
             "configuration",
             False,
-            f"{failure}; the one of before stays in force: correct it, then run `gpufarm up`",
+            f"{failure}; the previous one stays in force: correct it, then run `gpufarm up`",
         )
     states = [worker["state"] for worker in view["workers"]]
-    troubles = [worker["error"] for worker in view["workers"] if worker["error"]]
+    errors = [worker["error"] for worker in view["workers"] if worker["error"]]
     ready = f"{states.count('ready')} of {view['count']} ready"
-    yield Finding("workers", not troubles, "; ".join([ready, *troubles]))
+    yield Finding("workers", not errors, "; ".join([ready, *errors]))
 
 
 def print_findings(findings: Sequence[Finding], as_json: bool) -> None:
-    """A line each; those that are not fine say what to do."""
+    """Print one line for each check."""
     if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+        print_result([asdict(finding) for finding in findings])
         return
-    width = max(len(finding.what) for finding in findings)
+    width = max(len(finding.check) for finding in findings)
     for finding in findings:
-        mark = "ok  " if finding.fine else "FAIL"
-        print(f"{mark}  {finding.what:<{width}}  {finding.told}")
+        mark = "ok  " if finding.ok else "FAIL"
+        print(f"{mark}  {finding.check:<{width}}  {finding.message}")

@@ -1,6 +1,6 @@
-"""Lines of any process's log as records with a time, so that several logs can be read as one.
+"""Parse lines of any process's log as records with a time, so that several logs can be merged.
 
-Known are our own lines, those of supervisord and of Python's logging ("2026-11-25 00:00:00,123"),
+Known formats are our own, those of supervisord and of Python's logging ("2026-11-25 00:00:00,123"),
 of nginx ("2026/11/25 00:00:00") and JSON with a "time". Times without a zone are local ones. A line
 without a time belongs to the record above it.
 """
@@ -31,20 +31,20 @@ _KEYS = ("time", "level", "process", "message", "traceback")
 
 @dataclass(frozen=True)
 class Record:
-    """One record of one process."""
+    """One record of a process's log."""
 
     time: float
-    """Unix seconds; of a record without a time that of the one before it."""
+    """Unix seconds; without a time of its own, that of the record before it."""
     process: str
     message: str
     level: str = "INFO"
     traceback: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
     text: tuple[str, ...] = ()
-    """As it is shown to people: one line or, with a traceback, several."""
+    """Formatted as text: one line or, with a traceback, several."""
 
     def to_json(self) -> str:
-        """One line: time, level, process, message, the fields, and the traceback if there is."""
+        """Format as one line: time, level, process, message, the fields, and any traceback."""
         body = {
             "time": stamp(self.time),
             "level": self.level,
@@ -59,17 +59,17 @@ class Record:
 
 def stamp(seconds: float) -> str:
     """UTC, ISO 8601 with milliseconds."""
-    moment = datetime.fromtimestamp(seconds, UTC)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
+    timestamp = datetime.fromtimestamp(seconds, UTC)
+    return f"{timestamp:%Y-%m-%dT%H:%M:%S}.{timestamp.microsecond // 1000:03d}Z"
 
 
-def records_of(process: str, lines: Sequence[str], last: float, fallback: float) -> list[Record]:
+def parse_records(process: str, lines: Sequence[str], last: float, fallback: float) -> list[Record]:
     """The records of consecutive lines of one log; their times never fall.
 
     ``last``: the time of the record before them, 0 where there was none. Then lines before the
     first time get that one, or ``fallback`` where there is none.
     """
-    parsed = [_timed(process, line) for line in lines]
+    parsed = [_parse_line(process, line) for line in lines]
     first = next((record.time for record in parsed if record is not None), fallback)
     now = last or first
     records: list[Record] = []
@@ -89,28 +89,28 @@ def records_of(process: str, lines: Sequence[str], last: float, fallback: float)
 
 
 def _with_line(record: Record, line: str) -> Record:
-    """A record and one more line of its traceback."""
+    """Append a line to a record's traceback."""
     whole = f"{record.traceback}\n{line}" if record.traceback else line
     return replace(record, traceback=whole, text=(*record.text, line))
 
 
-def _timed(process: str, line: str) -> Record | None:
-    """A line that tells its time; None for any other."""
+def _parse_line(process: str, line: str) -> Record | None:
+    """Parse a line that has a time; None for any other."""
     if line.startswith("{"):
-        return _json(process, line)
+        return _parse_json(process, line)
     match = _STAMP.match(line)
-    moment = _moment(match) if match else None
-    if match is None or moment is None:
+    timestamp = _unix_seconds(match) if match else None
+    if match is None or timestamp is None:
         return None
     rest = match["rest"] or ""
     level, message = "INFO", rest
     if (found := _LEVEL.match(rest)) and found["level"].upper() in _LEVELS:
         level = _LEVELS[found["level"].upper()]
         message = (found["rest"] or "").removeprefix(f"{process} ")
-    return Record(moment, process, message, level, text=(f"{stamp(moment)} {rest}".rstrip(),))
+    return Record(timestamp, process, message, level, text=(f"{stamp(timestamp)} {rest}".rstrip(),))
 
 
-def _moment(match: re.Match[str]) -> float | None:
+def _unix_seconds(match: re.Match[str]) -> float | None:
     date, clock = match["date"].replace("/", "-"), match["clock"]
     fraction = (match["fraction"] or "0")[:6].ljust(6, "0")
     zone = match["zone"] or ""
@@ -119,9 +119,8 @@ def _moment(match: re.Match[str]) -> float | None:
     return None
 
 
-def _json(process: str, line: str) -> Record | None:
-    """A JSON object with a time. One without a message, such as nginx's of a request, is shown as
-    it is."""
+def _parse_json(process: str, line: str) -> Record | None:
+    """Parse a JSON object with a time; one without a message, such as nginx's, keeps its text."""
     try:
         body = json.loads(line)
     except (ValueError, RecursionError):
@@ -129,21 +128,21 @@ def _json(process: str, line: str) -> Record | None:
     if not isinstance(body, dict) or not isinstance(body.get("time"), str):
         return None
     match = _STAMP.fullmatch(body["time"])
-    moment = _moment(match) if match else None
-    if moment is None:
+    timestamp = _unix_seconds(match) if match else None
+    if timestamp is None:
         return None
     fields = {key: value for key, value in body.items() if key not in _KEYS}
     message, level = str(body.get("message", "")), str(body.get("level", "INFO"))
     traceback = str(body.get("traceback", ""))
     if "message" not in body:
-        return Record(moment, process, message, level, traceback, fields, (line,))
-    head = " ".join((stamp(moment), level, process, " | ".join(message.splitlines())))
-    head += "".join(f" {key}={_shown(value)}" for key, value in fields.items())
+        return Record(timestamp, process, message, level, traceback, fields, (line,))
+    head = " ".join((stamp(timestamp), level, process, " | ".join(message.splitlines())))
+    head += "".join(f" {key}={_format_value(value)}" for key, value in fields.items())
     return Record(
-        moment, process, message, level, traceback, fields, (head, *traceback.splitlines())
+        timestamp, process, message, level, traceback, fields, (head, *traceback.splitlines())
     )
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if re.fullmatch(r"[^\s\"=]+", text) else json.dumps(text, ensure_ascii=False)

@@ -1,15 +1,14 @@
-"""`gpufarm plan`: what would run where, and why. Starts nothing unless asked to measure."""
+"""`gpufarm plan`: show what would run where, and why. Starts nothing except with --measure."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from launcher.cli import report
-from launcher.cli.exit_codes import DOES_NOT_FIT, DONE, FAILED
+from launcher.cli import output
+from launcher.config.exit_codes import DOES_NOT_FIT, DONE, FAILED
 from launcher.config.settings import Settings
 from launcher.config.sizes import format_size, parse_size_with_unit
 from launcher.config.sources import ConfigError
@@ -23,10 +22,10 @@ from launcher.planning.plan import Plan
 if TYPE_CHECKING:
     from launcher.supervision.farm import Farm
 
-UNKNOWN = (
-    "The footprint of one worker is not known yet. To measure it, run `gpufarm plan --measure` "
-    "(one worker is started alone and ended again) or `gpufarm up`; or state it with "
-    '--footprint 7GiB or footprint.bytes = "7GiB".'
+FOOTPRINT_UNKNOWN = (
+    "the footprint of one worker is unknown; measure it with `gpufarm plan --measure` (starts "
+    "one worker and ends it again) or `gpufarm up`, or set it with --footprint 7GiB or "
+    'footprint.bytes = "7GiB"'
 )
 
 
@@ -41,37 +40,37 @@ def run(
     measure: bool = False,
     running: Farm | None = None,
 ) -> int:
-    """Print the plan; the exit code: 0, 1 (footprint unknown), 3 (does not fit).
+    """Print the plan. Returns the exit code: 0, 1 (footprint unknown) or 3 (does not fit).
 
-    ``devices`` are sizes of devices that need not exist: then this host is ignored, except for
-    what ``cores`` and ``ram`` say, and for a footprint that was measured on it. ``running``: the
-    farm that runs, whose plan is told as it is, since its own workers hold the memory.
+    ``devices``: sizes of hypothetical devices; then this host is ignored, except for ``cores``,
+    ``ram`` and a footprint that was measured on it. ``running``: the farm that runs, whose plan
+    is printed as it is, because its own workers hold the memory.
     Raises ConfigError, and MeasureError where measuring fails.
     """
     if running is not None and not (devices or footprint or measure):
         notes: tuple[str, ...] = ("The plan of the running farm, as it was when it started:",)
         if running.settings.planned_from != settings.planned_from:
-            notes = ("The configuration has changed since; `gpufarm up` takes it.", *notes)
-        return _tell(running.plan, as_json, notes)
+            notes = ("The configuration has changed since; apply it with `gpufarm up`.", *notes)
+        return _print_plan(running.plan, as_json, notes)
     if cores is not None and cores < 1:
-        raise ConfigError(f"--cores {cores}: must be a whole number from 1")
+        raise ConfigError(f"--cores must be a whole number of at least 1, got {cores}")
     known = _footprint(footprint)
     if known and measure:
-        raise ConfigError("--footprint states what --measure would measure; give one of them")
-    places, notes = hypothetical_devices(devices), ()
+        raise ConfigError("--footprint and --measure are mutually exclusive; remove one of them")
+    chosen, notes = hypothetical_devices(devices), ()
     host = Host(cores, _size("--ram", ram), _size("--ram", ram), "given", "given")
     if not (devices and known):
         found_host = overridden(sizing.read_host(settings), cores or 0, _size("--ram", ram))
         here = discover(found_host, settings.budget.devices)
         if not devices:
-            host, places, notes = found_host, here.devices, here.notes
+            host, chosen, notes = found_host, here.devices, here.notes
         known = known or _footprint_of(settings, here.devices, measure)
         if measure and settings.footprint.bytes:
-            stated = format_size(settings.footprint.bytes)
-            notes += (f"footprint.bytes = {stated}, and that is what `up` takes.",)
+            configured = format_size(settings.footprint.bytes)
+            notes += (f"`up` uses footprint.bytes = {configured} instead.",)
     if known is None:
-        return _tell_unknown(places, notes, as_json)
-    return _tell(sizing.build_plan(settings, places, host, known), as_json, notes)
+        return _print_unknown(chosen, notes, as_json)
+    return _print_plan(sizing.build_plan(settings, chosen, host, known), as_json, notes)
 
 
 def _footprint(text: str | None) -> Footprint | None:
@@ -89,10 +88,10 @@ def _size(option: str, text: str | None) -> int | None:
 
 
 def _footprint_of(settings: Settings, devices: Sequence[Device], measure: bool) -> Footprint | None:
-    """On devices of this host: measured now, or known already."""
+    """Return the footprint on this host's devices: measured now, or known already."""
     if not measure:
         return sizing.known_footprint(settings, devices, StateDir(settings.state_dir))
-    # What starts processes; a plan that measures nothing does without it.
+    # A plan that measures nothing need not import what starts processes.
     from launcher.supervision.measurement_worker import measurement_start  # noqa: PLC0415
 
     state = StateDir(settings.state_dir).create()
@@ -107,23 +106,23 @@ def _footprint_of(settings: Settings, devices: Sequence[Device], measure: bool) 
         )
 
 
-def _tell(plan: Plan, as_json: bool, notes: Sequence[str]) -> int:
+def _print_plan(plan: Plan, as_json: bool, notes: Sequence[str]) -> int:
     if as_json:
-        print(json.dumps({**plan.to_json(), "notes": list(notes)}, indent=2))
+        output.print_result({**plan.to_json(), "notes": list(notes)})
     else:
-        report.print_plan(plan, report.console(), notes)
+        output.print_plan(plan, output.console(), notes)
     if plan.refusal:
         print(f"gpufarm: {plan.refusal}", file=sys.stderr)
         return DOES_NOT_FIT
     return DONE
 
 
-def _tell_unknown(places: Sequence[Device], notes: Sequence[str], as_json: bool) -> int:
+def _print_unknown(devices: Sequence[Device], notes: Sequence[str], as_json: bool) -> int:
     if as_json:
-        rows = [{"device": asdict(device), "workers": None} for device in places]
-        told = {"devices": rows, "total_workers": None, "footprint": None, "notes": [*notes]}
-        print(json.dumps({**told, "message": UNKNOWN}, indent=2))
+        rows = [{"device": asdict(device), "workers": None} for device in devices]
+        unknown = {"devices": rows, "total_workers": None, "footprint": None, "notes": [*notes]}
+        output.print_result({**unknown, "message": FOOTPRINT_UNKNOWN})
     else:
-        report.print_devices(places, report.console(), notes)
-    print(f"gpufarm: {UNKNOWN}", file=sys.stderr)
+        output.print_devices(devices, output.console(), notes)
+    print(f"gpufarm: {FOOTPRINT_UNKNOWN}", file=sys.stderr)
     return FAILED

@@ -1,8 +1,8 @@
-"""A stream sent through nginx, and watched: do its pieces arrive as they are made?
+"""Check that nginx passes a stream on chunk by chunk.
 
-A proxy that collects an answer before it passes it on looks healthy and makes every stream
-useless. The sentinel goes through an nginx of the farm's own configuration, started for the
-purpose on free ports; of a running farm the public address is asked as well.
+A proxy that buffers a response looks healthy and makes every stream useless. The test stream goes
+through an nginx with the farm's own configuration, started for this check on free ports; a running
+farm's public address is checked as well.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -21,48 +22,49 @@ from pathlib import Path
 
 from balancer import nginx, processes
 from balancer.configuration import BalancerConfig, Upstream, open_file_limit, write
+from launcher.cli.client import poll_until
 from launcher.supervision.farm import Farm, balancer_config
 from launcher.supervision.supervisord import python_module
 
-PIECES = 4
-PAUSE = 0.15
-"""Seconds between two pieces."""
+CHUNKS = 4
+CHUNK_INTERVAL = 0.15
+"""Seconds between two chunks."""
 START_SECONDS = 15.0
-ANSWER_SECONDS = 10.0
+RESPONSE_SECONDS = 10.0
 
 
-class SentinelError(Exception):
-    """The stream did not arrive as it should. One line."""
+class StreamError(Exception):
+    """The stream did not arrive as it should. The message is one line."""
 
 
-def stream_through(farm: Farm | None) -> str:
-    """Send the sentinel; what to tell of it. Raises SentinelError and BalancerError."""
-    told = ""
+def check_stream(farm: Farm | None) -> str:
+    """Send a stream through nginx. Returns one line about it; raises StreamError, BalancerError."""
+    public_address = ""
     if farm is not None:
-        told = _ask_running(farm) + "; "
+        public_address = _check_public_address(farm) + "; "
     folder = Path(tempfile.mkdtemp(prefix="gpufarm-doctor-"))
     try:
-        with _upstream() as port, _proxy(folder, port, farm) as public:
-            spread = _watch(public)
+        with _upstream() as port, _nginx(folder, port, farm) as public:
+            spread = _receive_stream(public)
     finally:
         processes.end(folder, graceful_seconds=2)
         shutil.rmtree(folder, ignore_errors=True)
-    return f"{told}{PIECES} pieces came one by one over {spread * 1000:.0f} ms"
+    return f"{public_address}{CHUNKS} chunks arrived one by one over {spread * 1000:.0f} ms"
 
 
-def _ask_running(farm: Farm) -> str:
-    """The public address of a running farm, at a path that nginx and one that a worker answers."""
+def _check_public_address(farm: Farm) -> str:
+    """Request a path that nginx answers and one that a worker answers."""
     host, port = farm.url.removeprefix("http://").rsplit(":", 1)
-    connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=ANSWER_SECONDS)
+    connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=RESPONSE_SECONDS)
     try:
         for path in ("/livez", "/readyz"):
             connection.request("GET", path)
-            answer = connection.getresponse()
-            answer.read()
-            if answer.status != 200:
-                raise SentinelError(f"{farm.url}{path} answers {answer.status}; see `gpufarm ps`")
+            response = connection.getresponse()
+            response.read()
+            if response.status != 200:
+                raise StreamError(f"{farm.url}{path} answers {response.status}; see `gpufarm ps`")
     except (OSError, http.client.HTTPException) as error:
-        raise SentinelError(f"{farm.url} does not answer: {error}; see `gpufarm logs`") from None
+        raise StreamError(f"{farm.url} does not answer: {error}; see `gpufarm logs`") from None
     finally:
         connection.close()
     return f"{farm.url} is live and ready"
@@ -70,7 +72,7 @@ def _ask_running(farm: Farm) -> str:
 
 @contextmanager
 def _upstream() -> Iterator[int]:
-    """A worker in a thread that streams one piece after another; its port."""
+    """Run a worker in a thread that streams chunks; yields its port."""
     server = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -85,9 +87,9 @@ def _upstream() -> Iterator[int]:
                     b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"
                     b"X-Accel-Buffering: no\r\nTransfer-Encoding: chunked\r\n\r\n"
                 )
-                for number in range(PIECES):
+                for number in range(CHUNKS):
                     connection.sendall(b"1\r\n%d\r\n" % number)
-                    time.sleep(PAUSE)
+                    time.sleep(CHUNK_INTERVAL)
                 connection.sendall(b"0\r\n\r\n")
 
     thread = threading.Thread(target=serve, daemon=True)
@@ -97,42 +99,40 @@ def _upstream() -> Iterator[int]:
     finally:
         server.shutdown(socket.SHUT_RDWR)
         server.close()
-        thread.join(ANSWER_SECONDS)
+        thread.join(RESPONSE_SECONDS)
 
 
 @contextmanager
-def _proxy(folder: Path, upstream: int, farm: Farm | None) -> Iterator[int]:
-    """An nginx before that worker; its port."""
+def _nginx(folder: Path, upstream: int, farm: Farm | None) -> Iterator[int]:
+    """Run an nginx in front of that worker; yields its port."""
     program = nginx.find()
     version = nginx.version(program)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])
-    like = balancer_config(farm, version) if farm is not None else None
+    farm_config = balancer_config(farm, version) if farm is not None else None
     config = BalancerConfig(
         host="127.0.0.1",
         port=port,
-        upstreams=(Upstream("sentinel", upstream),),
+        upstreams=(Upstream("stream-check", upstream),),
         admin_socket=folder / "admin.sock",
         prefix=folder,
         version=version,
         processes=1,
         open_files=open_file_limit(),
         as_root=os.geteuid() == 0,
-        own_workers=like.own_workers if like else True,
+        own_workers=farm_config.own_workers if farm_config else True,
     )
     write(config)
     nginx.test(program, version, folder)
     command = python_module("balancer.start", "--program", str(program), "--prefix", str(folder))
     process = subprocess.Popen(command, process_group=0, stdin=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while not _listens(port):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SentinelError("nginx does not start; see the messages above")
-            time.sleep(0.02)
+        poll_until(lambda: _listens(port) or process.poll() is not None, START_SECONDS, 0.02)
+        if process.poll() is not None or not _listens(port):
+            raise StreamError("nginx does not start; see the messages above")
         yield port
     finally:
-        process.send_signal(3)
+        process.send_signal(signal.SIGQUIT)
         try:
             process.wait(START_SECONDS)
         except subprocess.TimeoutExpired:
@@ -145,27 +145,27 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _watch(port: int) -> float:
-    """Seconds between the arrival of the first and of the last piece."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_SECONDS)
+def _receive_stream(port: int) -> float:
+    """Return the seconds between the first and the last chunk. Raises StreamError."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=RESPONSE_SECONDS)
     arrivals = []
     received = b""
     try:
         connection.request("GET", "/stream")
-        answer = connection.getresponse()
-        while piece := answer.read1(65536):
-            received += piece
+        response = connection.getresponse()
+        while chunk := response.read1(65536):
+            received += chunk
             arrivals.append(time.monotonic())
     except (OSError, http.client.HTTPException) as error:
-        raise SentinelError(f"the stream broke off: {error}") from None
+        raise StreamError(f"the stream broke off: {error}") from None
     finally:
         connection.close()
-    if received != b"".join(b"%d" % number for number in range(PIECES)):
-        raise SentinelError(f"the stream arrived as {received!r}")
+    if received != b"".join(b"%d" % number for number in range(CHUNKS)):
+        raise StreamError(f"the stream arrived as {received!r}")
     spread = arrivals[-1] - arrivals[0]
-    if spread < PAUSE:
-        raise SentinelError(
-            "the pieces of a stream arrived all at once: something between the worker and the "
-            "client collects answers"
+    if spread < CHUNK_INTERVAL:
+        raise StreamError(
+            "the chunks of a stream arrived all at once: something between the worker and the "
+            "client buffers responses"
         )
     return spread

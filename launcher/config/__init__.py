@@ -1,1 +1,1 @@
-"""What a farm is told: settings and where they come from, and its state directory."""
+"""A farm's settings and their sources, its state directory, and the exit codes."""

@@ -1,7 +1,7 @@
-"""The configuration: one frozen object, validated once, whatever it came from.
+"""The configuration: one frozen object, validated once, from all sources.
 
 Command line > environment (``GPUFARM_…``) > ``gpufarm.toml`` > defaults. Other processes read it
-too, so this module imports neither rich nor typer, and finds its sources in ``sources.py``.
+too, so this module imports neither rich nor typer. ``sources.py`` reads its sources.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["DEMO_TARGET", "ConfigError", "Settings", "load"]
 
 DEMO_TARGET = "workers.models.voice:Voice"
 PLACEHOLDERS = ("port", "host", "device", "gpu", "id")
-"""What ``model.command`` and ``model.environment`` may name in braces."""
+"""The placeholders of ``model.command`` and ``model.environment``, in braces."""
 
 
 def _no_bool(value: object) -> object:
@@ -48,7 +48,7 @@ def _device_name(value: object) -> object:
 
 
 def _count(value: object) -> object:
-    """Checked before pydantic does: its messages for a union name the members, no remedy."""
+    """Validate before pydantic, whose messages for a union lack the remedy."""
     text = value.strip() if isinstance(value, str) else value
     if isinstance(text, str) and text.isdecimal():
         text = int(text)
@@ -67,17 +67,24 @@ def _url_path(value: str) -> str:
     return value
 
 
+def _target(value: str) -> str:
+    if value and not re.fullmatch(r"[\w.]+:[\w.]+", value):
+        raise ValueError('must be "package.module:Class"')
+    return value
+
+
 Count = Annotated[Literal["auto"] | int, BeforeValidator(_count)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Seconds = Annotated[float, BeforeValidator(_no_bool)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 OptionalSize = Annotated[int | None, BeforeValidator(_optional_size)]
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+Target = Annotated[str, AfterValidator(_target)]
 UrlPath = Annotated[str, AfterValidator(_url_path)]
 
 
 class _Section(BaseModel):
-    """Frozen, and strict about its keys. A field's description is what its value "must be"."""
+    """A frozen section without unknown keys. A field's description says what it "must be"."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -86,7 +93,7 @@ class ModelSettings(_Section):
     """[model]: what the workers run."""
 
     name: str = Field(default="", description='a name such as "demo"')
-    target: str = Field(default="", description='"package.module:Class"')
+    target: Target = Field(default="", description='"package.module:Class"')
     command: tuple[str, ...] = Field(
         default=(), description='a list such as ["python", "s.py", "{port}"]'
     )
@@ -96,12 +103,12 @@ class ModelSettings(_Section):
         default={}, description='a table of voices such as {alloy = "en_female"}'
     )
     ready_url: UrlPath = Field(default="/", description='a path such as "/health"')
-    environment: dict[str, str] = Field(default={}, description="a table of texts")
+    environment: dict[str, str] = Field(default={}, description="a table of strings")
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, data: Any) -> Any:
-        """The demo voice where no model is named; a name where the model has none."""
+        """Fill in the demo voice where no model is given, and a missing name."""
         if not isinstance(data, dict):
             return data
         data = dict(data)
@@ -121,8 +128,6 @@ class ModelSettings(_Section):
             raise ValueError("has both target and command; remove one of them")
         if not self.target and not self.command:
             raise ValueError('has neither target ("package.module:Class") nor command; name one')
-        if self.target and not re.fullmatch(r"[\w.]+:[\w.]+", self.target):
-            raise ValueError(f'target = {self.target!r}: must be "package.module:Class"')
         texts = [*self.command, *self.environment.values()]
         named = {name for text in texts for name in re.findall(r"\{(\w+)\}", text)}
         for name in sorted(named - set(PLACEHOLDERS)):
@@ -134,17 +139,17 @@ class ModelSettings(_Section):
 
 
 class WorkersSettings(_Section):
-    """[workers]: how many, and how each behaves."""
+    """[workers]: how many there are, and their limits."""
 
     count: Count = Field(default="auto", description='"auto" or a whole number from 1')
     max: Whole = Field(default=16, ge=1, le=256, description="a whole number from 1 to 256")
     threads: Whole = Field(default=1, ge=1, le=1024, description="a whole number from 1")
     queue_size: Whole = Field(default=8, ge=0, description="a whole number from 0")
     request_timeout: Seconds = Field(
-        default=60.0, gt=0, allow_inf_nan=False, description="seconds above 0"
+        default=60.0, gt=0, allow_inf_nan=False, description="a number of seconds above 0"
     )
     load_timeout: Seconds = Field(
-        default=600.0, gt=0, allow_inf_nan=False, description="seconds above 0"
+        default=600.0, gt=0, allow_inf_nan=False, description="a number of seconds above 0"
     )
     path: tuple[AbsolutePath, ...] = Field(
         default=(), description='a list of folders such as ["models"]'
@@ -152,7 +157,7 @@ class WorkersSettings(_Section):
 
 
 class ProbeRequest(_Section):
-    """One of footprint.requests: what is sent to a lone worker while its memory is watched.
+    """An item of footprint.requests: sent to the measurement worker while its memory is sampled.
 
     POST with ``json`` or ``body_file``, GET with neither.
     """
@@ -172,7 +177,7 @@ class ProbeRequest(_Section):
 
 
 class FootprintSettings(_Section):
-    """[footprint]: what one worker needs, or how to find out."""
+    """[footprint]: the memory of one worker, or how to measure it."""
 
     bytes: Size = Field(default=0, description='a size such as "7GiB", or 0 to measure')
     requests: tuple[ProbeRequest, ...] = Field(
@@ -193,7 +198,7 @@ class BudgetSettings(_Section):
 
 
 class BalancerSettings(_Section):
-    """[balancer]: the address in front."""
+    """[balancer]: nginx, in front of the workers."""
 
     body_limit: Size = Field(default=64 * MIB, ge=1, description='a size such as "64MiB"')
 
@@ -207,7 +212,7 @@ class LogsSettings(_Section):
 
 
 class Settings(_Section):
-    """Everything that can be configured. Build it with ``load``, never from parts."""
+    """The whole configuration. Build it with ``load``, never from parts."""
 
     host: str = Field(
         default="127.0.0.1", min_length=1, description='an address such as "127.0.0.1"'
@@ -222,7 +227,7 @@ class Settings(_Section):
     logs: LogsSettings = Field(default_factory=LogsSettings)
 
     config_file: Path | None = Field(default=None, json_schema_extra={"internal": True})
-    """The file it came from; not a key."""
+    """The file that was read; not a key."""
     folder: Path = Field(default_factory=Path.cwd, json_schema_extra={"internal": True})
     """The file's folder, or the working directory at load: first on the workers' import path."""
 
@@ -230,25 +235,25 @@ class Settings(_Section):
     def _can_be_sized(self) -> Settings:
         if self.model.command and not (self.footprint.bytes or self.footprint.requests):
             raise ValueError(
-                "model.command needs footprint.requests (what to send while its memory is "
-                'measured) or footprint.bytes (such as "7GiB")'
+                "model.command needs footprint.requests (sent while its memory is measured) or "
+                'footprint.bytes (such as "7GiB")'
             )
         return self
 
     @property
     def import_path(self) -> tuple[Path, ...]:
-        """Folders from which model classes are imported, in order."""
+        """The folders from which model classes are imported, in order."""
         return (self.folder, *self.workers.path)
 
     @property
     def planned_from(self) -> tuple[Any, ...]:
-        """The part of it that a plan is made from."""
+        """The part that a plan depends on."""
         workers = self.workers
         counted = (workers.count, workers.max, workers.threads)
         return (self.model, self.footprint, self.budget, counted, self.import_path)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dict; ``from_json`` gives an equal object back, whatever the environment."""
+        """Return a JSON-ready dict; ``from_json`` restores an equal object in any environment."""
         return self.model_dump(mode="json", by_alias=True)
 
     @classmethod
@@ -257,7 +262,7 @@ class Settings(_Section):
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:
-    """``$XDG_STATE_HOME/gpufarm``, or ``~/.local/state/gpufarm``."""
+    """Return ``$XDG_STATE_HOME/gpufarm``, or ``~/.local/state/gpufarm``."""
     base = environ.get("XDG_STATE_HOME")
     if base and Path(base).is_absolute():
         return Path(base) / "gpufarm"
@@ -271,8 +276,8 @@ def load(
 ) -> Settings:
     """Read every source and validate the result.
 
-    ``overrides`` is what the command line says: nested (``{"workers": {"count": 2}}``) or dotted
-    (``{"workers.count": 2}``); None values were not given. Raises ConfigError, one line.
+    ``overrides`` comes from the command line: nested (``{"workers": {"count": 2}}``) or dotted
+    (``{"workers.count": 2}``); None values are ignored. Raises ConfigError, one line.
     """
     environ = os.environ if environ is None else environ
     path = sources.find_file(config_file, environ)

@@ -29,7 +29,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
 def parse_size(value: object) -> int:
-    """Bytes from a whole number or from a text such as ``"7GiB"``, ``"1.5 GiB"``, ``"512MB"``.
+    """Parse a number of bytes, or a string such as ``"7GiB"``, ``"1.5 GiB"``, ``"512MB"``.
 
     ``GiB`` and the bare letter ``G`` are 1024³ bytes, ``GB`` is 10⁹; no unit means bytes.
     Raises ValueError for anything else, negative numbers and booleans included.
@@ -46,20 +46,20 @@ def parse_size(value: object) -> int:
 
 
 def parse_size_with_unit(text: str) -> int:
-    """As ``parse_size``, but a bare number is refused: on a command line "24" may mean GiB.
+    """Parse a size as ``parse_size`` does, but refuse a bare number: "24" may mean GiB.
 
     Raises ValueError; also for a size of 0.
     """
     if re.fullmatch(r"\s*\d+(?:\.\d+)?\s*", text):
-        raise ValueError(f"a size needs its unit; write {text.strip()}GiB or {text.strip()}MiB")
+        raise ValueError(f"has no unit; write {text.strip()}GiB or {text.strip()}MiB")
     size = parse_size(text)
     if size == 0:
-        raise ValueError("must be more than 0 bytes")
+        raise ValueError("must be larger than 0 bytes")
     return size
 
 
 def format_size(size: int) -> str:
-    """A size for people: two decimals at most, ``"22.8 GiB"``; exact ones stay ``"7 GiB"``."""
+    """Format a size: two decimals at most, ``"22.8 GiB"``; exact ones stay ``"7 GiB"``."""
     for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(size) >= unit:
             return f"{size / unit:.2f}".rstrip("0").rstrip(".") + f" {name}"

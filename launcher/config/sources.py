@@ -1,8 +1,7 @@
-"""Where the configuration comes from, and how an error in it is told: one line that names the
-source, the key, the value and the remedy.
+"""Read the configuration's sources; report an error as one line: source, key, value, remedy.
 
-Plain pydantic with forty lines of reading, not pydantic-settings: that one costs 0.1 s at every
-start, does not notice unknown variables, and forgets which source a bad value came from.
+Plain pydantic rather than pydantic-settings, which costs 0.1 s at every start, ignores unknown
+variables, and forgets which source a bad value came from.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import json
 import re
 import shlex
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -27,15 +26,21 @@ FILE_NAME = "gpufarm.toml"
 _NOT_KEYS = {"GPUFARM_CONFIG", "GPUFARM_WORKER_ID", "GPUFARM_CACHE_DIR", "GPUFARM_FARM"}
 _NOT_KEY_PATTERNS = re.compile(
     r"GPUFARM_TEST_.*"
-    # Kubernetes and Docker links give these to every container beside a service named gpufarm.
+    # Kubernetes and Docker links set these in every container beside a service named gpufarm.
     r"|GPUFARM_SERVICE_(HOST|PORT(_.*)?)|GPUFARM_PORT_\d+_(TCP|UDP)(_.*)?"
 )
 
 HIDDEN = "(hidden)"
-"""Shown in an error message in place of a value that may be a secret."""
+"""Replaces a value that may be a secret in error messages."""
 _SECRET = re.compile(r"token|secret|passw|key|credential|auth", re.IGNORECASE)
 _ENVIRONMENT = "environment"
-"""The table whose values are never shown, wherever it stands."""
+"""The table whose values are always hidden, at any depth."""
+PROBLEMS = {
+    "extra_forbidden": "unknown key",
+    "model_type": "must be a section (a table of keys)",
+    "model_attributes_type": "must be a section (a table of keys)",
+}
+"""pydantic's kind of error → what is wrong, where the field has no description of it."""
 
 
 class ConfigError(Exception):
@@ -49,7 +54,7 @@ class Layer:
     label: str
     values: dict[str, Any]
     names: dict[tuple[str, ...], str] = field(default_factory=dict)
-    """Key path → how this source spells it, where it is not the dotted key."""
+    """Key path → the source's own name for it, where that is not the dotted key."""
 
     def has(self, path: tuple[str | int, ...]) -> bool:
         node: Any = self.values
@@ -62,13 +67,13 @@ class Layer:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name that ``name`` was probably meant to be; empty when none is near."""
+    """Return the known name closest to ``name``; empty when none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else ""
 
 
 def find_file(config_file: Path | None, environ: Mapping[str, str]) -> Path | None:
-    """``--config``, else ``$GPUFARM_CONFIG``, else ``./gpufarm.toml`` where it exists."""
+    """Find ``--config``, else ``$GPUFARM_CONFIG``, else ``./gpufarm.toml`` where it exists."""
     named = config_file or environ.get("GPUFARM_CONFIG") or None
     path = Path(named) if named else Path(FILE_NAME)
     path = path.expanduser().absolute()
@@ -77,7 +82,7 @@ def find_file(config_file: Path | None, environ: Mapping[str, str]) -> Path | No
     if named:
         origin = "--config" if config_file else "GPUFARM_CONFIG"
         kind = "a folder, not a file" if path.is_dir() else "no such file"
-        raise ConfigError(f"{origin} = {named}: {kind}; name an existing {FILE_NAME}")
+        raise _config_error(origin, str(named), kind, f"name an existing {FILE_NAME}")
     return None
 
 
@@ -87,7 +92,7 @@ def read(
     overrides: Mapping[str, Any],
     environ: Mapping[str, str],
 ) -> list[Layer]:
-    """The layers, strongest first. Raises ConfigError for unknown keys and unreadable files."""
+    """Read the layers, strongest first. Raises ConfigError (unknown key, unreadable file)."""
     layers = [_command_line(overrides), _environment(schema, environ)]
     if path:
         layers.append(_file(path))
@@ -97,7 +102,7 @@ def read(
 
 
 def merge(layers: list[Layer]) -> dict[str, Any]:
-    """Later wins, key by key; naming one of model.target and model.command drops a weaker other."""
+    """Merge key by key; the stronger of model.target and model.command drops the other."""
     merged: dict[str, Any] = {}
     for layer in reversed(layers):
         model = layer.values.get("model")
@@ -133,7 +138,10 @@ def _command_line(overrides: Mapping[str, Any]) -> Layer:
 
 
 def _environment(schema: type[BaseModel], environ: Mapping[str, str]) -> Layer:
-    """``GPUFARM_WORKERS__COUNT=2``. An empty variable is unset; tables keep their keys' case."""
+    """Read variables such as ``GPUFARM_WORKERS__COUNT=2``.
+
+    An empty variable counts as unset; tables keep the case of their keys.
+    """
     layer = Layer("environment", {})
     for variable, text in sorted(environ.items()):
         if not variable.startswith(PREFIX) or not text or variable in _NOT_KEYS:
@@ -149,8 +157,8 @@ def _environment(schema: type[BaseModel], environ: Mapping[str, str]) -> Layer:
             hint = f"did you mean {guess}?" if guess else "unset it"
             if inner := [name for name in known if name.startswith(f"{variable}__")]:
                 hint = f"its keys are {', '.join(inner)}"
-            # Its value may be anything, such as a token under a misspelt name: it is not shown.
-            raise ConfigError(f"{variable}: there is no such setting; {hint}")
+            # Its value may be a token under a misspelt name: it is left out.
+            raise _config_error(variable, "", "unknown setting", hint)
         node = layer.values
         for parent in path[:-1]:
             node = node.setdefault(parent, {})
@@ -160,7 +168,7 @@ def _environment(schema: type[BaseModel], environ: Mapping[str, str]) -> Layer:
 
 
 def _resolve(schema: type[BaseModel], parts: list[str]) -> tuple[list[str], FieldInfo | None]:
-    """The key path that a variable means, and the field it sets; None where there is none."""
+    """Resolve a variable to its key path and field; None for an unknown one."""
     path: list[str] = []
     model: type[BaseModel] = schema
     for depth, part in enumerate(parts):
@@ -179,7 +187,7 @@ def _resolve(schema: type[BaseModel], parts: list[str]) -> tuple[list[str], Fiel
 
 
 def _parse(variable: str, text: str, info: FieldInfo, path: list[str]) -> Any:
-    """A variable's text as the kind of value that its field takes."""
+    """Parse a variable as the type of its field."""
     kind = get_origin(info.annotation)
     if kind is dict and len(path) > 2:  # one key of a table
         return text if get_args(info.annotation)[1] is str else _json_or_text(text)
@@ -190,12 +198,12 @@ def _parse(variable: str, text: str, info: FieldInfo, path: list[str]) -> Any:
             try:
                 return shlex.split(text)
             except ValueError as error:
-                raise ConfigError(f"{variable}: must be a command line ({error})") from None
+                raise _config_error(variable, "", f"must be a command line ({error})") from None
         return [item.strip() for item in text.split(",") if item.strip()]
     try:
         return json.loads(text)
-    except ValueError as error:  # it tells the place, not the text
-        raise ConfigError(f"{variable}: must be JSON ({error})") from None
+    except ValueError as error:  # its message has the position, not the text
+        raise _config_error(variable, "", f"must be JSON ({error})") from None
 
 
 def _json_or_text(text: str) -> Any:
@@ -209,28 +217,29 @@ def _file(path: Path) -> Layer:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path.name}: not TOML: {error}; correct {path}") from None
+        raise _config_error(path.name, "", f"not TOML: {error}", f"correct {path}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    _anchor(values, path.parent)
+        reason = f"cannot be read: {error.strerror}"
+        raise _config_error(str(path), "", reason, "correct its permissions") from None
+    _resolve_paths(values, path.parent)
     return Layer(path.name, values)
 
 
-def _anchor(values: dict[str, Any], folder: Path) -> None:
-    """Relative paths of the file are relative to the file. Wrong types are left to validation."""
+def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
+    """Resolve relative paths against the file's folder. Wrong types are left to validation."""
 
-    def at(value: Any) -> Any:
+    def absolute(value: Any) -> Any:
         return str(folder / Path(value).expanduser()) if isinstance(value, str) and value else value
 
     if "state_dir" in values:
-        values["state_dir"] = at(values["state_dir"])
+        values["state_dir"] = absolute(values["state_dir"])
     workers, footprint = values.get("workers"), values.get("footprint")
     if isinstance(workers, dict) and isinstance(workers.get("path"), list):
-        workers["path"] = [at(item) for item in workers["path"]]
+        workers["path"] = [absolute(item) for item in workers["path"]]
     if isinstance(footprint, dict) and isinstance(footprint.get("requests"), list):
         for request in footprint["requests"]:
             if isinstance(request, dict) and "body_file" in request:
-                request["body_file"] = at(request["body_file"])
+                request["body_file"] = absolute(request["body_file"])
 
 
 def _keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
@@ -247,7 +256,7 @@ def _section(info: FieldInfo) -> type[BaseModel] | None:
 
 
 def all_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
-    """Every key in dotted form → its field."""
+    """Map every key in dotted form to its field."""
     keys: dict[str, FieldInfo] = {}
     for name, info in _keys(schema).items():
         if section := _section(info):
@@ -262,73 +271,74 @@ def _variables(schema: type[BaseModel]) -> list[str]:
 
 
 def _check_keys(schema: type[BaseModel], layer: Layer) -> None:
+    """Raise ConfigError for a key that the schema lacks, with the nearest one that it has."""
     known = all_keys(schema)
+    sections = [name for name, info in _keys(schema).items() if _section(info)]
+    for key, value in _entries(layer.values, sections):
+        if key in known or key in sections:
+            continue
+        parent, _, name = key.rpartition(".")
+        siblings = [one for one in (*known, *sections) if one.rpartition(".")[0] == parent]
+        same_name = [one for one in known if one.rpartition(".")[2] == name]
+        guess = (same_name or [nearest(key, siblings) or nearest(key, known)])[0]
+        names = ", ".join(one.removeprefix(f"{parent}.") for one in siblings)
+        remedy = f"did you mean {guess}?" if guess else f"known: {names}"
+        text = _format_unknown(key, value)
+        raise _config_error(f"{layer.label}: {key}", text, PROBLEMS["extra_forbidden"], remedy)
 
-    def walk(model: type[BaseModel], values: Mapping[str, Any], prefix: str) -> None:
-        keys = _keys(model)
-        for name, value in values.items():
-            if name not in keys:
-                guess = nearest(prefix + name, known)
-                tails = [key for key in known if key.rpartition(".")[2] == name]
-                siblings = [prefix + key for key in keys]
-                guess = (tails or [nearest(prefix + name, siblings) or guess])[0]
-                hint = f"did you mean {guess}?" if guess else f"known: {', '.join(keys)}"
-                shown = _show_unknown(f"{prefix}{name}", value)
-                raise ConfigError(
-                    f"{layer.label}: {prefix}{name} = {shown}: there is no such key; {hint}"
-                )
-            if (section := _section(keys[name])) and isinstance(value, Mapping):
-                walk(section, value, f"{prefix}{name}.")
 
-    walk(schema, layer.values, "")
+def _entries(
+    values: Mapping[str, Any], sections: list[str], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and their values; tables other than sections are values."""
+    for name, value in values.items():
+        if prefix + name in sections and isinstance(value, Mapping):
+            yield from _entries(value, sections, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def explain(schema: type[BaseModel], error: ValidationError, layers: list[Layer]) -> ConfigError:
-    """The first problem as one line: source, key, value, remedy; and how many more there are."""
+    """Format the first problem as one line, with the number of the others."""
     problems = error.errors(include_url=False)
-    message = _explain_one(schema, problems[0], layers)
-    if len(problems) > 1:
-        message += f" (and {len(problems) - 1} more)"
-    return ConfigError(message)
+    first = _explain_problem(schema, problems[0], layers)
+    more = len(problems) - 1
+    return ConfigError(f"{first} (and {more} more)") if more else first
 
 
-def _explain_one(schema: type[BaseModel], problem: ErrorDetails, layers: list[Layer]) -> str:
-    path, value = problem["loc"], problem["input"]
+def _explain_problem(
+    schema: type[BaseModel], problem: ErrorDetails, layers: list[Layer]
+) -> ConfigError:
+    path, value, kind = problem["loc"], problem["input"], problem["type"]
     names = tuple(str(part) for part in path)
     key = ".".join(names)
-    complaint = str(problem.get("ctx", {}).get("error", ""))
     layer = next((layer for layer in layers if path and layer.has(path)), None)
-    where = layer.label if layer else "configuration"
-    if isinstance(value, dict) and complaint:  # a whole section's, which names its own key
-        return f"{where}: {key}{_join(complaint)}" if key else f"{where}: {complaint}"
-    if complaint:
-        remedy = complaint
-    elif problem["type"] == "extra_forbidden":
-        return f"{where}: {key} = {_show_unknown(key, value)}: there is no such key"
-    elif problem["type"] in ("model_type", "model_attributes_type"):
-        remedy = "must be a section (a table of keys)"
-    else:
-        info = _field(schema, names)
-        remedy = f"must be {info.description}" if info and info.description else problem["msg"]
-    if layer and names in layer.names:
-        return f"{layer.names[names]} = {_show(key, value)}: {remedy}"
-    return f"{where}: {key} = {_show(key, value)}: {remedy}"
+    label = layer.label if layer else "configuration"
+    message = str(problem.get("ctx", {}).get("error", ""))  # of a validator of ours
+    if message and isinstance(value, dict):  # about a whole section
+        return ConfigError(f"{label}: {' '.join(filter(None, (key, message)))}")
+    place = layer.names.get(names) if layer else None
+    text = _format_unknown(key, value) if kind == "extra_forbidden" else _format(key, value)
+    wrong = message or PROBLEMS.get(kind) or _requirement(schema, names) or problem["msg"]
+    return _config_error(place or f"{label}: {key}", text, wrong)
 
 
-def _field(schema: type[BaseModel], names: tuple[str, ...]) -> FieldInfo | None:
-    """The field of a key, or of the key that an item such as ``aliases.0`` belongs to."""
+def _config_error(place: str, value: str, problem: str, remedy: str = "") -> ConfigError:
+    """Format ``PLACE = VALUE: problem; remedy``; a value that is empty is left out."""
+    what = f"{place} = {value}" if value else place
+    return ConfigError("; ".join(filter(None, (f"{what}: {problem}", remedy))))
+
+
+def _requirement(schema: type[BaseModel], names: tuple[str, ...]) -> str:
+    """Format what a key "must be"; an item such as ``aliases.0`` is described by its list."""
     fields = all_keys(schema)
     keys = (".".join(names[:depth]) for depth in range(len(names), 0, -1))
-    return next((fields[key] for key in keys if key in fields), None)
+    info = next((fields[key] for key in keys if key in fields), None)
+    return f"must be {info.description}" if info and info.description else ""
 
 
-def _join(text: str) -> str:
-    """``count = -1: must be …`` belongs to the key; ``has both …`` is a sentence about it."""
-    return f".{text}" if re.match(r"\w+ = ", text) else f" {text}"
-
-
-def _show(key: str, value: Any) -> str:
-    """The value of a known key for an error message; what may be a secret is hidden.
+def _format(key: str, value: Any) -> str:
+    """Format the value of a known key for an error message; hide what may be a secret.
 
     Hidden are the entries of ``model.environment``, and whatever is named like a secret or names
     one itself (``--api-key abc``).
@@ -341,7 +351,7 @@ def _show(key: str, value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _show_unknown(key: str, value: Any) -> str:
-    """The value of a key that does not exist: only a number, for a text or a table may be an
-    entry of a misspelt ``model.environment``."""
-    return _show(key, value) if isinstance(value, int | float) else HIDDEN
+def _format_unknown(key: str, value: Any) -> str:
+    """Format the value of an unknown key: only a number, because a string or a table may belong
+    to a misspelt ``model.environment``."""
+    return _format(key, value) if isinstance(value, int | float) else HIDDEN

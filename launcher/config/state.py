@@ -1,7 +1,7 @@
-"""The state directory: where a farm keeps its files, one farm a directory.
+"""The state directory: where a farm keeps its files, one directory for each farm.
 
-Everything in it belongs to one user (0700). Sockets lie in it too where its path is short enough:
-that of a Unix socket may not exceed some 104 bytes.
+It is private to its user (0700). It holds the sockets too where its path is short enough: the path
+of a Unix socket is limited to some 104 bytes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ log = logging.getLogger(__name__)
 
 SOCKET_PATH_LIMIT = 104
 """Bytes that a Unix socket's path may have, by the strictest system (Linux: 107)."""
-UNREADABLE = re.compile(r"[\x00-\x1f;{}$\"'\\#:]")
-"""What a socket's path in nginx's configuration cannot carry."""
+FORBIDDEN_IN_SOCKET_PATH = re.compile(r"[\x00-\x1f;{}$\"'\\#:]")
+"""Characters that a socket's path in nginx's configuration cannot have."""
 LONGEST_SOCKET_NAME = len("/supervisor.sock.12345678")
 """supervisord binds ``NAME.PID`` first and renames it."""
 
 
 class StateError(Exception):
-    """The state directory does not do what it should (a full disk, a held lock). Exit code 1."""
+    """The state directory cannot be used now (a full disk, a held lock). Exit code 1."""
 
 
 class LockedError(StateError):
@@ -61,7 +61,7 @@ class StateDir:
 
     @property
     def farm_file(self) -> Path:
-        """There from `up` to `down`."""
+        """Exists from `up` to `down`."""
         return self.path / "farm.json"
 
     @property
@@ -71,12 +71,12 @@ class StateDir:
 
     @property
     def specs(self) -> Path:
-        """What workers are given to read at their start, named by its own digest."""
+        """The files that workers read at their start, named by their digest."""
         return self.path / "specs"
 
     @property
     def slots(self) -> Path:
-        """How each slot's worker is started."""
+        """The command and environment of each slot's worker."""
         return self.path / "slots"
 
     @property
@@ -92,11 +92,11 @@ class StateDir:
         return self.path / "footprints.json"
 
     def create(self) -> StateDir:
-        """Make the directory and its folders, private. Raises ConfigError where that is refused."""
+        """Make the directory and its folders, private. Raises ConfigError where it cannot."""
         try:
-            if self._is_somebody_elses():
+            if self._holds_other_files():
                 raise ConfigError(
-                    f"state_dir = {self.path}: holds other files, and a farm would mix with them; "
+                    f"state_dir = {self.path}: holds other files; "
                     f"name a new or an empty folder with --state-dir"
                 )
             for folder in self._folders():
@@ -112,9 +112,9 @@ class StateDir:
     def _folders(self) -> tuple[Path, ...]:
         return (self.path, self.logs, self.cache, self.generations, self.specs, self.slots)
 
-    def _is_somebody_elses(self) -> bool:
-        """Whether the folder is in use for something else: a farm closes its folder to others,
-        and `down` removes what it made there."""
+    def _holds_other_files(self) -> bool:
+        """Return whether the folder is in use for something else: a farm closes its folder to other
+        users, and `down` removes files there."""
         if not self.path.is_dir():
             return False
         there = {entry.name for entry in self.path.iterdir()} - {"lost+found"}
@@ -131,10 +131,10 @@ class StateDir:
         )
 
     def runtime(self) -> Path:
-        """The short, private directory for sockets; made where it is not there.
+        """Return the short, private directory for sockets; make it where it is missing.
 
         It lives as long as the farm: in the state directory where sockets can be made there, else
-        in /tmp. Never in ``$XDG_RUNTIME_DIR``, which goes away when its user logs out.
+        in /tmp. Never in ``$XDG_RUNTIME_DIR``, which is removed when its user logs out.
         """
         if recorded := self.recorded_runtime():
             with suppress(OSError):
@@ -153,9 +153,9 @@ class StateDir:
         return self.path / "runtime"
 
     def recorded_runtime(self) -> Path | None:
-        """The sockets' directory that was chosen before, also where it has been removed since.
+        """Return the sockets' directory that was chosen before, even if it has been removed since.
 
-        Where the record was lost it is looked for: its name belongs to this state directory.
+        A lost record is recovered: the directory's name depends on this state directory only.
         """
         with suppress(OSError, ValueError):
             recorded = Path(self._runtime_record.read_text(encoding="utf-8").strip())
@@ -164,7 +164,7 @@ class StateDir:
         return next((folder for folder in self._runtimes() if _is_private(folder)), None)
 
     def _runtimes(self) -> list[Path]:
-        """Where the sockets may lie, the best place first."""
+        """List the possible directories for sockets, the best first."""
         digest = hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()[:10]
         return [
             self.path / "run",
@@ -174,7 +174,7 @@ class StateDir:
     def _make_runtime(self) -> Path:
         problems = []
         for folder in self._runtimes():
-            if UNREADABLE.search(str(folder)):
+            if FORBIDDEN_IN_SOCKET_PATH.search(str(folder)):
                 problems.append(f"{folder}: has characters that nginx cannot read")
                 continue
             if len(os.fsencode(folder)) + LONGEST_SOCKET_NAME > SOCKET_PATH_LIMIT:
@@ -204,9 +204,9 @@ class StateDir:
 
     @contextmanager
     def lock(self, wait: float = 0.0) -> Iterator[None]:
-        """Hold the farm for one command, waiting ``wait`` seconds. Raises LockedError.
+        """Lock the farm for one command, waiting ``wait`` seconds. Raises LockedError.
 
-        The kernel lets go when the process ends, however it ends; children do not inherit it.
+        The kernel releases the lock when the process ends; children do not inherit it.
         """
         deadline = time.monotonic() + wait
         try:
@@ -227,14 +227,14 @@ class StateDir:
                             f"another gpufarm command{who} is working on {self.path}; wait for it"
                         ) from None
                     time.sleep(0.05)
-            with suppress(OSError):  # who holds it is told to others; a full disk is no obstacle
+            with suppress(OSError):  # the pid is for error messages; a full disk may lose it
                 file.truncate(0)
                 file.write(f"{os.getpid()}\n")
                 file.flush()
             yield
 
     def ports(self) -> tuple[int, ...]:
-        """The slot ports that this farm has recorded; empty where it has none."""
+        """Return the recorded slot ports; empty where there are none."""
         recorded = read_json(self.ports_file)
         if not isinstance(recorded, list) or not all(isinstance(port, int) for port in recorded):
             return ()
@@ -245,7 +245,7 @@ class StateDir:
 
 
 def _try_socket(folder: Path) -> None:
-    """Make a socket and a second name for it, as supervisord does. Raises OSError."""
+    """Make a socket and a hard link to it, as supervisord does. Raises OSError."""
     path, second = folder / f"probe.sock.{os.getpid()}", folder / f"probe.sock.{os.getpid()}.2"
     with socket.socket(socket.AF_UNIX) as probe:
         try:
@@ -257,7 +257,7 @@ def _try_socket(folder: Path) -> None:
 
 
 def _is_private(folder: Path) -> bool:
-    """A real directory (no link) of this user, closed to everybody else."""
+    """Return whether this is a real directory (no link) of this user, closed to others."""
     try:
         found = folder.lstat()
     except OSError:
@@ -270,12 +270,12 @@ def _is_private(folder: Path) -> bool:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Replace ``path`` at once: a reader sees the old or the new, also after a crash."""
+    """Replace ``path`` atomically: a reader sees the old or the new, even after a crash."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """As ``write_json``. Raises StateError (full disk) or ConfigError (not writable)."""
+    """Replace ``path`` atomically. Raises StateError (full disk) or ConfigError (not writable)."""
     temporary = ""
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -300,8 +300,10 @@ def _full(path: Path) -> StateError:
 
 
 def read_json(path: Path) -> Any | None:
-    """What the file holds; None where there is none. A corrupt file is set aside, with a warning,
-    so that nothing stumbles over it twice."""
+    """Read a JSON file; None where there is none.
+
+    A corrupt file is renamed, with a warning, so that it is reported once.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -314,7 +316,7 @@ def read_json(path: Path) -> Any | None:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a file that makes no sense, and say so once."""
+    """Rename a corrupt file, with a warning."""
     aside = path.with_name(f"{path.name}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}")
     with suppress(OSError):
         path.replace(aside)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from launcher.config.exit_codes import CANNOT_LOAD
 from launcher.controller import rollout
 from launcher.controller.model import (
     MAX_EARLY_CRASHES,
@@ -24,7 +25,6 @@ from launcher.controller.model import (
     Record,
     State,
 )
-from launcher.planning.footprint import CANNOT_LOAD
 
 FIRST_BACKOFF = 0.1
 MAX_BACKOFF = 30.0

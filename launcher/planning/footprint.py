@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
+from launcher.config.exit_codes import CANNOT_LOAD, LOAD_FAILED
 from launcher.config.settings import ProbeRequest
 from launcher.config.sizes import MIB
 from launcher.planning.inventory import Footprint
@@ -18,11 +19,6 @@ from launcher.planning.sampling import MemoryWatch, Sampler
 
 ROUNDS = 2
 """How many times the longest requests run after warm-up: allocators grow again on the second."""
-
-FAILED_TO_LOAD = 1
-"""Exit code of a worker whose load failed and may succeed on the next try."""
-CANNOT_LOAD = 3
-"""Exit code of a worker that cannot load and would fail again."""
 
 
 class MeasureError(Exception):
@@ -172,7 +168,7 @@ def _await_ready(worker: RunningWorker, timeout: float) -> None:
         code = worker.exit_code()
         if code is not None:
             reason = worker.exit_reason()
-            if code in (FAILED_TO_LOAD, CANNOT_LOAD) and reason:
+            if code in (LOAD_FAILED, CANNOT_LOAD) and reason:
                 raise MeasureError(f"the worker could not load: {reason}")
             detail = f": {reason}" if reason else ""
             raise MeasureError(

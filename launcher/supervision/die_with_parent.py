@@ -13,10 +13,10 @@ import signal
 import sys
 from contextlib import suppress
 
+from launcher.config.exit_codes import CANNOT_LOAD
+
 PR_SET_PDEATHSIG = 1
-"""From <linux/prctl.h>; it survives exec."""
-CANNOT_LOAD = 3
-"""Exit code of a worker that cannot load and would fail again."""
+"""From <linux/prctl.h>; it lasts through exec."""
 
 
 def main() -> None:

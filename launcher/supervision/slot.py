@@ -12,8 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-CANNOT_LOAD = 3
-"""Exit code of a worker that cannot load and would fail again."""
+from launcher.config.exit_codes import CANNOT_LOAD
 
 
 def main() -> None:

@@ -255,7 +255,7 @@ def test_logs_of_all_and_of_one(farm: FarmUnderTest) -> None:
     one = farm.run("logs", "w1").stdout
     assert '{"standin": "w1"' in one
     assert " | " not in one
-    assert "no such process" in farm.run("logs", "w1x", expect=2).stderr
+    assert "unknown process" in farm.run("logs", "w1x", expect=2).stderr
 
 
 def test_an_unknown_worker_is_one_line(farm: FarmUnderTest) -> None:
@@ -265,9 +265,9 @@ def test_an_unknown_worker_is_one_line(farm: FarmUnderTest) -> None:
 
 
 def test_the_doctor_watches_a_stream(farm: FarmUnderTest) -> None:
-    findings = {f["what"]: f for f in json.loads(farm.run("doctor", "--json").stdout)}
-    assert findings["stream"]["fine"]
-    assert "live and ready" in findings["stream"]["told"]
+    findings = {f["check"]: f for f in json.loads(farm.run("doctor", "--json").stdout)}
+    assert findings["stream"]["ok"]
+    assert "live and ready" in findings["stream"]["message"]
 
 
 def test_a_changed_configuration_is_taken_over_without_a_loss(farm: FarmUnderTest) -> None:
@@ -322,7 +322,7 @@ def test_a_killed_supervisor_leaves_nothing_that_up_cannot_find(farm: FarmUnderT
         os.kill(farm.pid_of("launcher.supervision.run_supervisord"), signal.SIGKILL)
         farm.run("ps", expect=4)
         done = farm.run("up")
-        assert "an earlier farm had left" in done.stderr
+        assert "processes of an earlier farm" in done.stderr
         until(lambda: not any(lives(pid) for pid in old), "the old processes have gone")
         assert farm.states() == {"w1": "ready", "w2": "ready"}
         assert lives(stranger.pid)

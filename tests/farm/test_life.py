@@ -121,7 +121,7 @@ def test_a_worker_that_cannot_load_fails_once_and_clearly() -> None:
     with new_farm(workers="count = 3", options=("--fail", "weights are missing")) as farm:
         failed = farm.run("up", expect=1)
         assert "w1 could not load: weights are missing" in failed.stderr
-        assert "nothing was left running" in failed.stderr
+        assert "the farm was shut down" in failed.stderr
         assert failed.stderr.count("weights are missing") == 1
         assert (farm.state / "logs/w1.log").read_text().count("weights") == 1
         assert farm.processes() == []
@@ -201,7 +201,7 @@ def test_another_host_on_the_running_farms_port_is_refused_with_the_reason() -> 
     with new_farm(workers="count = 1") as farm:
         farm.run("up")
         message = farm.run("up", "--host", "0.0.0.0", expect=2).stderr
-        assert "this farm's own nginx is in the way" in message
+        assert "this farm's own nginx occupies" in message
         assert "gpufarm down" in message
 
 

@@ -209,6 +209,6 @@ def test_up_does_not_call_an_emptied_farm_ready() -> None:
         farm.run("drain", "w1")
         message = farm.run("up").stdout
         assert "Ready at" not in message
-        assert "no worker is wanted" in message
+        assert "no worker is desired" in message
         farm.run("restart", "w1")
         assert "Ready at" in farm.run("up").stdout

@@ -109,7 +109,7 @@ def test_auto_follows_the_limits_until_scale_says_otherwise() -> None:
             assert len(farm.pids()) == number
         farm.run("scale", "2")
         message = farm.run("up").stderr
-        assert "workers: 2, as `gpufarm scale` asked; the configuration gives 5" in message
+        assert "workers: 2, as set by `gpufarm scale`; the configuration gives 5" in message
         assert len(farm.pids()) == 2
         farm.run("scale", "0")
         farm.run("up")
@@ -137,4 +137,4 @@ def test_of_two_scales_at_once_the_loser_says_so() -> None:
         farm.run("scale", "2")
         _, message = first.communicate(timeout=60)
         assert first.returncode == 1
-        assert "asked for 3 workers, but another command has set 2" in message
+        assert "requested 3 workers, but another command has set 2" in message

@@ -1,4 +1,4 @@
-"""The command line: at once, one line for each error, and nothing imported that help needs not."""
+"""The command line: instant help, one line for each error, and the exit codes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launcher.cli.listing import curl_line, print_workers
-from launcher.cli.report import console
+from launcher.cli.output import console, example_request, print_workers
 from launcher.config.settings import load
 from launcher.config.sizes import GIB
 from launcher.config.state import StateDir
@@ -44,43 +43,43 @@ def gpufarm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_lists_every_command(tmp_path: Path) -> None:
-    told = gpufarm(tmp_path, "--help")
-    assert told.returncode == 0
-    assert all(f"\n  {command}" in told.stdout for command in COMMANDS)
+    result = gpufarm(tmp_path, "--help")
+    assert result.returncode == 0
+    assert all(f"\n  {command}" in result.stdout for command in COMMANDS)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_its_version(tmp_path: Path) -> None:
-    told = gpufarm(tmp_path, "--version")
-    assert (told.returncode, told.stdout.strip()) == (0, metadata.version("gpufarm"))
+def test_version_is_printed(tmp_path: Path) -> None:
+    result = gpufarm(tmp_path, "--version")
+    assert (result.returncode, result.stdout.strip()) == (0, metadata.version("gpufarm"))
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "expected"),
     [
         ('footprint.requests = [{ path = "/predict", json = { text = "it\'s" } }]', "it's"),
         ('footprint.requests = [{ path = "/get" }]', "…"),
         ("", "…"),
     ],
 )
-def test_a_farm_is_tried_with_a_request_that_it_knows(
-    tmp_path: Path, text: str, shown: str
+def test_the_example_request_is_one_of_the_configuration(
+    tmp_path: Path, text: str, expected: str
 ) -> None:
     (tmp_path / "gpufarm.toml").write_text(f'{text}\nmodel.target = "a:B"\n')
     settings = load(tmp_path / "gpufarm.toml", {}, {"HOME": str(tmp_path)})
     planned = plan([], Footprint.given(1), Host(), Limits())
     farm = Farm(StateDir(tmp_path), Generation(1, settings, planned, ""), ())
-    words = shlex.split(curl_line(farm, {"workers": [{"health": {}}]}))
+    words = shlex.split(example_request(farm, {"workers": [{"health": {}}]}))
     assert words[1] == f"{farm.url}/predict"
-    assert (json.loads(words[-1])["text"] if words[-1] != "…" else "…") == shown
+    assert (json.loads(words[-1])["text"] if words[-1] != "…" else "…") == expected
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(tmp_path: Path, command: str) -> None:
-    told = gpufarm(tmp_path, command, "--help")
-    assert told.returncode == 0
-    assert "--config" in told.stdout
-    assert "--state-dir" in told.stdout
+def test_every_command_has_help(tmp_path: Path, command: str) -> None:
+    result = gpufarm(tmp_path, command, "--help")
+    assert result.returncode == 0
+    assert "--config" in result.stdout
+    assert "--state-dir" in result.stdout
 
 
 @pytest.mark.parametrize("command", [["--help"], ["plan", "--help"], ["up", "--help"]])
@@ -118,7 +117,7 @@ print([n for n in ("torch", "onnxruntime", "starlette", "uvicorn") if n in sys.m
     assert done.stdout.strip().splitlines()[-1] == "[]"
 
 
-def test_three_and_three_fit_on_two_hypothetical_devices(tmp_path: Path) -> None:
+def test_three_workers_fit_on_each_of_two_hypothetical_devices(tmp_path: Path) -> None:
     arguments = ("--device", "24GiB", "--device", "24GiB", "--footprint", "7GiB", "--json")
     plan = json.loads(gpufarm(tmp_path, "plan", *arguments).stdout)
     assert [device["workers"] for device in plan["devices"]] == [3, 3]
@@ -126,10 +125,10 @@ def test_three_and_three_fit_on_two_hypothetical_devices(tmp_path: Path) -> None
     assert all(device["headroom"] > 0 for device in plan["devices"])
 
 
-def test_what_does_not_fit_is_3_with_the_numbers(tmp_path: Path) -> None:
-    told = gpufarm(tmp_path, "plan", "--device", "4GiB", "--footprint", "7GiB")
-    assert told.returncode == 3
-    assert "7 GiB" in told.stderr
+def test_a_plan_that_does_not_fit_exits_with_3_and_the_numbers(tmp_path: Path) -> None:
+    result = gpufarm(tmp_path, "plan", "--device", "4GiB", "--footprint", "7GiB")
+    assert result.returncode == 3
+    assert "7 GiB" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -142,46 +141,48 @@ def test_what_does_not_fit_is_3_with_the_numbers(tmp_path: Path) -> None:
         (["up", "--config", "missing.toml"], "", "missing.toml"),
     ],
 )
-def test_a_wrong_configuration_is_one_line_and_2(
+def test_a_wrong_configuration_exits_with_2_and_one_line(
     tmp_path: Path, arguments: list[str], file: str, words: str
 ) -> None:
     (tmp_path / "gpufarm.toml").write_text(file)
-    told = gpufarm(tmp_path, *arguments)
-    assert told.returncode == 2
-    assert len(told.stderr.splitlines()) == 1
-    assert words in told.stderr
+    result = gpufarm(tmp_path, *arguments)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert words in result.stderr
 
 
-def test_a_wrong_option_is_2(tmp_path: Path) -> None:
+def test_a_wrong_option_exits_with_2(tmp_path: Path) -> None:
     for arguments in (["scale"], ["scale", "-3"], ["scale", "x"], ["nothing"], ["ps", "--nothing"]):
-        told = gpufarm(tmp_path, *arguments)
-        assert told.returncode == 2
-        assert "Traceback" not in told.stderr
+        result = gpufarm(tmp_path, *arguments)
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("command", [["ps"], ["down"], ["scale", "1"], ["drain", "w1"], ["logs"]])
-def test_without_a_farm_it_is_4_and_nothing_is_created(tmp_path: Path, command: list[str]) -> None:
-    told = gpufarm(tmp_path, *command)
-    assert told.returncode == 4
-    assert len(told.stderr.splitlines()) == 1
+def test_without_a_farm_commands_exit_with_4_and_create_nothing(
+    tmp_path: Path, command: list[str]
+) -> None:
+    result = gpufarm(tmp_path, *command)
+    assert result.returncode == 4
+    assert len(result.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_feels_instant(tmp_path: Path) -> None:
+def test_help_is_instant(tmp_path: Path) -> None:
     """Generous, for loaded machines; it takes a tenth of a second."""
-    begun = time.monotonic()
+    started = time.monotonic()
     gpufarm(tmp_path, "plan", "--help")
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - started < 3
 
 
 @pytest.mark.parametrize("options", [["--cores", "-1"], ["--ram", "x"], ["--workers", "0"]])
-def test_what_a_plan_is_asked_for_is_checked(tmp_path: Path, options: list[str]) -> None:
-    told = gpufarm(tmp_path, "plan", "--footprint", "1GiB", *options)
-    assert told.returncode == 2
-    assert len(told.stderr.splitlines()) == 1
+def test_options_of_plan_are_validated(tmp_path: Path, options: list[str]) -> None:
+    result = gpufarm(tmp_path, "plan", "--footprint", "1GiB", *options)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
 
 
-def shown_workers(width: int | None) -> list[str]:
+def printed_workers(width: int | None) -> list[str]:
     """The table of two workers, on a terminal of that width or written to a file."""
     worker = {
         "pid": 123456,
@@ -210,8 +211,8 @@ def shown_workers(width: int | None) -> list[str]:
         (20, "Worker State"),
     ],
 )
-def test_workers_are_shown_in_as_many_columns_as_fit(width: int, titles: str) -> None:
-    lines = shown_workers(width)
+def test_the_table_of_workers_has_as_many_columns_as_fit(width: int, titles: str) -> None:
+    lines = printed_workers(width)
     assert all(len(line) <= width for line in lines)
     assert lines[0].split() == titles.split()
     assert lines[1].split()[:2] == ["w1", "ready"]
@@ -220,8 +221,8 @@ def test_workers_are_shown_in_as_many_columns_as_fit(width: int, titles: str) ->
     assert "GPU-0a1b2c3d…" in lines[1] or "Device" not in titles
 
 
-def test_without_a_terminal_every_column_is_shown_whole() -> None:
-    titles, first, _, error = shown_workers(None)
+def test_without_a_terminal_every_column_is_printed_in_full() -> None:
+    titles, first, _, error = printed_workers(None)
     assert titles.split()[-2:] == ["Ready", "after"]
     assert UUID in first
     assert error.endswith("model.bin")
@@ -244,35 +245,35 @@ def test_with_json_an_error_is_json(
     tmp_path: Path, arguments: list[str], code: int, words: str
 ) -> None:
     (tmp_path / "gpufarm.toml").write_text('model.target = "nowhere:Nothing"')
-    told = gpufarm(tmp_path, *arguments, "--json")
-    assert told.returncode == code
-    error = json.loads(told.stdout)["error"]
+    result = gpufarm(tmp_path, *arguments, "--json")
+    assert result.returncode == code
+    error = json.loads(result.stdout)["error"]
     assert error["code"] == code
     assert words in error["message"]
-    assert "Traceback" not in told.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_doctor_reports_lost_records_as_a_finding(tmp_path: Path) -> None:
-    """The process stands for supervisord: it bears its module and the state directory's file."""
+    """A process with supervisord's arguments takes its place."""
     state = tmp_path / "state"
     (state / "logs").mkdir(parents=True)
     marks = ["launcher.supervision.run_supervisord", str(state / "supervisord.conf")]
     with subprocess.Popen([sys.executable, "-c", "input()", *marks], stdin=subprocess.PIPE) as lost:
-        told = gpufarm(tmp_path, "doctor", "--state-dir", "state", "--json")
+        result = gpufarm(tmp_path, "doctor", "--state-dir", "state", "--json")
         lost.communicate(b"\n")
-    finding = next(one for one in json.loads(told.stdout) if one["what"] == "state")
-    assert not finding["fine"]
-    assert "records of the farm" in finding["told"]
-    assert "gpufarm down" in finding["told"]
-    assert told.returncode == 1
+    finding = next(one for one in json.loads(result.stdout) if one["check"] == "state")
+    assert not finding["ok"]
+    assert "records of the farm" in finding["message"]
+    assert "gpufarm down" in finding["message"]
+    assert result.returncode == 1
 
 
-def test_logs_of_what_has_written_none(tmp_path: Path) -> None:
+def test_logs_of_a_process_without_a_log_exit_with_2(tmp_path: Path) -> None:
     (tmp_path / "state" / "logs").mkdir(parents=True)
     (tmp_path / "state" / "logs" / "w1.log").write_text("hello\n")
     assert "hello" in gpufarm(tmp_path, "logs", "w1", "--state-dir", "state").stdout
     as_json = gpufarm(tmp_path, "logs", "w1", "--state-dir", "state", "--json")
     assert json.loads(as_json.stdout)["message"] == "hello"
-    told = gpufarm(tmp_path, "logs", "w9", "--state-dir", "state")
-    assert told.returncode == 2
-    assert "w9: it has written nothing yet, or does not exist; logs: w1" in told.stderr
+    result = gpufarm(tmp_path, "logs", "w9", "--state-dir", "state")
+    assert result.returncode == 2
+    assert "w9 has no log, or has written nothing yet; logs: w1" in result.stderr

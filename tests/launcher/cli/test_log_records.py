@@ -9,7 +9,7 @@ from datetime import datetime
 
 import pytest
 
-from launcher.cli.log_records import Record, records_of, stamp
+from launcher.cli.log_records import Record, parse_records, stamp
 
 
 def at(text: str) -> float:
@@ -31,7 +31,7 @@ def two_hours_east(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def only(line: str, process: str = "w1") -> Record:
-    (record,) = records_of(process, [line], 0.0, 1.0)
+    (record,) = parse_records(process, [line], 0.0, 1.0)
     return record
 
 
@@ -59,9 +59,9 @@ def test_a_line_of_nginx() -> None:
     assert record.text == ("2026-11-25T12:00:00.000Z [error] 7#0: *1 refused",)
     assert (record.level, record.message) == ("ERROR", "7#0: *1 refused")
     access = '{"time":"2026-11-25T12:00:00+00:00","status":200}'
-    shown = only(access, "nginx-access")
-    assert (shown.time, shown.text) == (NOON, (access,))
-    assert json.loads(shown.to_json())["status"] == 200
+    record = only(access, "nginx-access")
+    assert (record.time, record.text) == (NOON, (access,))
+    assert json.loads(record.to_json())["status"] == 200
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_traceback_belongs_to_its_record() -> None:
         "2026-11-25T12:00:01.000Z INFO w1 next",
         "printed by the model",
     ]
-    early, failed, following, printed = records_of("w1", lines, 0.0, 1.0)
+    early, failed, following, printed = parse_records("w1", lines, 0.0, 1.0)
     assert early.time == failed.time == NOON + 0.123
     assert failed.text == tuple(lines[1:5])
     assert json.loads(failed.to_json())["traceback"] == "\n".join(lines[2:5])
@@ -107,5 +107,5 @@ def test_a_traceback_belongs_to_its_record() -> None:
 
 def test_times_of_a_file_never_fall() -> None:
     lines = ["2026-11-25T12:00:05Z a", "2026-11-25T12:00:01Z b", "c"]
-    assert [record.time for record in records_of("w1", lines, 0.0, 1.0)] == [NOON + 5] * 3
-    assert [record.time for record in records_of("w1", lines, NOON + 9, 1.0)] == [NOON + 9] * 3
+    assert [record.time for record in parse_records("w1", lines, 0.0, 1.0)] == [NOON + 5] * 3
+    assert [record.time for record in parse_records("w1", lines, NOON + 9, 1.0)] == [NOON + 9] * 3

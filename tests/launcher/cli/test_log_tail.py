@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli.log_tail import Follower, LogFile, log_files
+from launcher.cli.log_tail import LogFile, LogTail, log_files
 from launcher.config.settings import ConfigError
 from launcher.supervision.log_rotation import shift
 
@@ -62,10 +62,10 @@ def test_several_logs_name_their_process_and_one_does_not(tmp_path: Path) -> Non
         path.write_text(f"{text}\n")
         os.utime(path, (1000 + index, 1000 + index))
     seen: list[str] = []
-    Follower(tmp_path, (), seen.append, lines=5).show_new()
+    LogTail(tmp_path, (), seen.append, lines=5).print_new()
     assert seen == ["w1 | hello", "w2 | you", "w10 | there"]
     seen.clear()
-    Follower(tmp_path, ("w2",), seen.append, lines=5).show_new()
+    LogTail(tmp_path, ("w2",), seen.append, lines=5).print_new()
     assert seen == ["you"]
 
 
@@ -97,8 +97,8 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_logs_are_merged_by_time(logs: Path) -> None:
     seen: list[str] = []
-    follower = Follower(logs, (), seen.append, lines=20)
-    follower.show_new()
+    tail = LogTail(logs, (), seen.append, lines=20)
+    tail.print_new()
     assert seen == [
         "supervisord | 2026-11-25T12:00:00.500Z INFO spawned",
         "controller | 2026-11-25T12:00:01.000Z INFO controller w1 is starting pid=5",
@@ -116,13 +116,13 @@ def test_logs_are_merged_by_time(logs: Path) -> None:
         file.write("2026-11-25T12:00:07.000Z INFO w2 later\n")
     with (logs / "w1.log").open("a") as file:
         file.write("printed\n")
-    follower.show_new()
+    tail.print_new()
     assert seen == ["w1 | printed", "w2 | 2026-11-25T12:00:07.000Z INFO w2 later"]
 
 
 def test_merged_logs_as_json(logs: Path) -> None:
     seen: list[str] = []
-    Follower(logs, (), seen.append, lines=20, as_json=True).show_new()
+    LogTail(logs, (), seen.append, lines=20, as_json=True).print_new()
     records = [json.loads(line) for line in seen]
     names = ["supervisord", "controller", "nginx-error", "w1", "w2", "w2", "w1"]
     assert [record["process"] for record in records] == names
@@ -134,16 +134,16 @@ def test_merged_logs_as_json(logs: Path) -> None:
 
 def test_a_worker_that_appears_later_is_followed_too(tmp_path: Path) -> None:
     seen: list[str] = []
-    follower = Follower(tmp_path, (), seen.append, lines=0)
-    assert not follower.show_new()
+    tail = LogTail(tmp_path, (), seen.append, lines=0)
+    assert not tail.print_new()
     (tmp_path / "w3.log").write_text("late\n")
-    assert follower.show_new()
+    assert tail.print_new()
     assert seen == ["w3 | late"]
 
 
 @pytest.mark.parametrize("name", ["../secret", "w", "x1", "w1.log"])
 def test_an_unknown_process_is_an_error(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="no such process"):
+    with pytest.raises(ConfigError, match="unknown process"):
         log_files(tmp_path, (name,))
 
 

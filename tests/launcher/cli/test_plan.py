@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from launcher.cli import output
 from launcher.cli import plan as plan_command
-from launcher.cli import report
 from launcher.config.settings import ConfigError, Settings, load
 from launcher.config.sizes import GIB
 from launcher.config.state import StateDir
@@ -47,7 +47,7 @@ def json_of(capsys: pytest.CaptureFixture[str], code: int, **options: Any) -> An
     return json.loads(capsys.readouterr().out)
 
 
-def test_two_cards_that_are_not_there(
+def test_a_plan_for_two_hypothetical_devices(
     settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert plan_command.run(settings, ["24GiB", "24GiB"], "7GiB") == 0
@@ -66,25 +66,25 @@ def test_two_cards_that_are_not_there(
         assert words in out
 
 
-def test_the_same_as_json(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
-    told = json_of(capsys, 0, settings=settings, devices=["24GiB", "24GiB"], footprint="7GiB")
-    assert [row["workers"] for row in told["devices"]] == [3, 3]
-    assert told["total_workers"] == 6
-    assert told["binding"] == "memory"
-    assert told["caps"] == {"memory": 6, "ram": None, "cores": None, "max": 16}
-    assert told["devices"][0]["headroom"] == 24 * GIB // 20
+def test_a_plan_as_json(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    result = json_of(capsys, 0, settings=settings, devices=["24GiB", "24GiB"], footprint="7GiB")
+    assert [row["workers"] for row in result["devices"]] == [3, 3]
+    assert result["total_workers"] == 6
+    assert result["binding"] == "memory"
+    assert result["caps"] == {"memory": 6, "ram": None, "cores": None, "max": 16}
+    assert result["devices"][0]["headroom"] == 24 * GIB // 20
 
 
-def test_this_host_counts_for_nothing_unless_it_is_said(
+def test_hypothetical_devices_ignore_this_host_except_for_given_cores_and_ram(
     settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = {"settings": settings, "devices": ["240GiB"], "footprint": "1GiB"}
     assert json_of(capsys, 0, **given)["total_workers"] == 16
-    told = json_of(capsys, 0, **given, cores=3, ram="64GiB")
-    assert (told["total_workers"], told["binding"]) == (3, "cores")
+    result = json_of(capsys, 0, **given, cores=3, ram="64GiB")
+    assert (result["total_workers"], result["binding"]) == (3, "cores")
 
 
-def test_nothing_fits_is_exit_3_with_the_numbers(
+def test_a_plan_without_room_exits_with_3_and_the_numbers(
     settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert plan_command.run(settings, ["4GiB"], "7GiB") == 3
@@ -92,9 +92,9 @@ def test_nothing_fits_is_exit_3_with_the_numbers(
     assert "4 GiB too little" in streams.out
     assert streams.err.startswith("gpufarm: 1 worker does not fit: memory allows 0 (7 GiB each")
     assert streams.err.count("\n") == 1
-    told = json_of(capsys, 3, settings=settings, devices=["4GiB"], footprint="7GiB")
-    assert told["total_workers"] == 0
-    assert "7 GiB each" in told["refusal"]
+    result = json_of(capsys, 3, settings=settings, devices=["4GiB"], footprint="7GiB")
+    assert result["total_workers"] == 0
+    assert "7 GiB each" in result["refusal"]
 
 
 @pytest.mark.parametrize(
@@ -104,11 +104,14 @@ def test_nothing_fits_is_exit_3_with_the_numbers(
         ({"devices": ["24GiB"], "footprint": "seven"}, "--footprint seven"),
         ({"devices": ["24GiB"], "footprint": "7GiB", "ram": "-1"}, "--ram -1"),
         ({"footprint": "0"}, "--footprint 0"),
-        ({"footprint": "0GiB"}, "--footprint 0GiB: must be more than 0 bytes"),
-        ({"devices": ["24"]}, "--device 24: a size needs its unit; write 24GiB"),
-        ({"devices": ["24GiB"], "footprint": "7"}, "--footprint 7: a size needs its unit"),
-        ({"devices": ["24GiB"], "footprint": "7GiB", "ram": "64"}, "--ram 64: a size needs"),
-        ({"devices": ["24GiB"], "footprint": "7GiB", "cores": -1}, "--cores -1"),
+        ({"footprint": "0GiB"}, "--footprint 0GiB: must be larger than 0 bytes"),
+        ({"devices": ["24"]}, "--device 24: has no unit; write 24GiB"),
+        ({"devices": ["24GiB"], "footprint": "7"}, "--footprint 7: has no unit"),
+        ({"devices": ["24GiB"], "footprint": "7GiB", "ram": "64"}, "--ram 64: has no unit"),
+        (
+            {"devices": ["24GiB"], "footprint": "7GiB", "cores": -1},
+            "--cores must be a whole number of at least 1, got -1",
+        ),
     ],
 )
 def test_bad_sizes_name_the_option(settings: Settings, options: dict[str, Any], words: str) -> None:
@@ -116,7 +119,7 @@ def test_bad_sizes_name_the_option(settings: Settings, options: dict[str, Any], 
         plan_command.run(settings, **options)
 
 
-def test_an_unknown_footprint_is_said_with_the_remedy(
+def test_an_unknown_footprint_is_reported_with_the_remedy(
     settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert plan_command.run(settings) == 1
@@ -124,25 +127,27 @@ def test_an_unknown_footprint_is_said_with_the_remedy(
     assert "cpu" in streams.out
     assert "gpufarm plan --measure" in streams.err
     assert not settings.state_dir.exists(), "nothing was started, nothing was written"
-    told = json_of(capsys, 1, settings=settings)
-    assert told["total_workers"] is None
-    assert told["devices"][0]["device"]["id"] == "cpu"
+    result = json_of(capsys, 1, settings=settings)
+    assert result["total_workers"] is None
+    assert result["devices"][0]["device"]["id"] == "cpu"
     assert plan_command.run(settings, ["24GiB"]) == 1
 
 
-def test_measuring_once_is_enough(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_measured_footprint_is_kept(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert plan_command.run(settings, measure=True) == 0
     first = capsys.readouterr()
-    assert "starting one worker" in first.err
+    assert "starting one worker alone" in first.err
     assert "(measured" in first.out
     assert "measured without a request" in first.out, "this class names no longest request"
     assert plan_command.run(settings) == 0
     assert "(measured" in capsys.readouterr().out
-    told = json_of(capsys, 0, settings=settings, devices=["24GiB"])
-    assert told["footprint"]["how"] == "measured"
+    result = json_of(capsys, 0, settings=settings, devices=["24GiB"])
+    assert result["footprint"]["how"] == "measured"
     assert plan_command.run(settings, measure=True) == 0
-    assert "starting one worker" in capsys.readouterr().err, "as was asked"
-    with pytest.raises(ConfigError, match="give one of them"):
+    assert "starting one worker alone" in capsys.readouterr().err, "as was asked"
+    with pytest.raises(ConfigError, match="mutually exclusive"):
         plan_command.run(settings, footprint="1GiB", measure=True)
 
 
@@ -154,7 +159,7 @@ def test_a_failed_measurement_is_one_line(settings: Settings) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_running_farm_is_told_as_it_was_planned(
+def test_the_plan_of_a_running_farm_is_printed_as_it_is(
     settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card = Device("GPU-1", "L4", "gpu", 24 * GIB, 24 * GIB)
@@ -169,23 +174,23 @@ def test_a_running_farm_is_told_as_it_was_planned(
     given = {"state_dir": str(settings.state_dir), "model.target": "hello:Hello"}
     changed = load(settings.folder / "gpufarm.toml", given, {"HOME": str(settings.folder)})
     assert plan_command.run(changed, running=running) == 0
-    assert "has changed since; `gpufarm up` takes it" in capsys.readouterr().out
+    assert "has changed since; apply it with `gpufarm up`" in capsys.readouterr().out
 
 
-def told(result: Any) -> str:
+def formatted(result: Any) -> str:
     stream = io.StringIO()
-    report.print_plan(result, Console(file=stream, width=200), ["A note."])
+    output.print_plan(result, Console(file=stream, width=200), ["A note."])
     return stream.getvalue()
 
 
-def test_the_report_holds_every_number() -> None:
+def test_a_printed_plan_has_every_number() -> None:
     tenants = (Tenant(41, "python", 2 * GIB), Tenant(42))
     card = Device("GPU-1", "NVIDIA L4", "gpu", 24 * GIB, 20 * GIB, tenants=tenants)
     measured = Footprint(
         6 * GIB, 5 * GIB, 2 * GIB, "measured", "2026-01-02T03:04:05+00:00", "NVIDIA L4", 321, 9
     )
     host = Host(8, 64 * GIB, 40 * GIB, "cgroup v2 quota", "MemAvailable")
-    out = told(plan([card], measured, host, Limits()))
+    out = formatted(plan([card], measured, host, Limits()))
     for words in (
         "A note.",
         "python 41 (2 GiB), process 42",
@@ -200,15 +205,17 @@ def test_the_report_holds_every_number() -> None:
         assert words in out
 
 
-def test_the_report_names_other_bounds() -> None:
+def test_a_printed_plan_names_other_bounds() -> None:
     card = Device("GPU-1", "L4", "gpu", 24 * GIB, 20 * GIB)
     one = Footprint.given(5 * GIB)
-    assert "budget.memory" in told(plan([card], one, Host(), Limits(memory=11 * GIB)))
-    assert "up to 3 with gpufarm scale" in told(plan([card], one, Host(cores=1), Limits()))
-    assert "bound by workers.count" in told(plan([card], one, Host(), Limits(count=2)))
-    assert "only one process" in told(plan([replace(card, exclusive=True)], one, Host(), Limits()))
-    assert "does not fit" in told(plan([], one, Host(), Limits()))
-    assert "not measured" in told(plan([card], one, Host(1, GIB, GIB), Limits()))
+    assert "budget.memory" in formatted(plan([card], one, Host(), Limits(memory=11 * GIB)))
+    assert "up to 3 with gpufarm scale" in formatted(plan([card], one, Host(cores=1), Limits()))
+    assert "bound by workers.count" in formatted(plan([card], one, Host(), Limits(count=2)))
+    assert "admits only one process" in formatted(
+        plan([replace(card, exclusive=True)], one, Host(), Limits())
+    )
+    assert "does not fit" in formatted(plan([], one, Host(), Limits()))
+    assert "not measured" in formatted(plan([card], one, Host(1, GIB, GIB), Limits()))
 
 
 def test_a_plan_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The configuration: sources and their order, and one line for everything that is wrong."""
+"""The configuration: sources and their order, and one line for each error."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def written(folder: Path, text: str) -> Path:
+def write_config(folder: Path, text: str) -> Path:
     path = folder / "gpufarm.toml"
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def complaint(toml: str, folder: Path, environ: dict[str, str], **overrides: Any) -> str:
-    path = written(folder, toml) if toml else None
+def error_of(toml: str, folder: Path, environ: dict[str, str], **overrides: Any) -> str:
+    path = write_config(folder, toml) if toml else None
     with pytest.raises(ConfigError) as caught:
         load(path, overrides, HOME | environ)
     assert "\n" not in str(caught.value)
@@ -56,7 +56,9 @@ def test_state_follows_xdg(elsewhere: Path) -> None:
 
 
 def test_later_sources_win_key_by_key(elsewhere: Path) -> None:
-    written(elsewhere, "port = 1\nhost = '::1'\n[workers]\ncount = 1\nmax = 2\nline = 3\n")
+    write_config(
+        elsewhere, "port = 1\nhost = '::1'\n[workers]\ncount = 1\nmax = 2\nqueue_size = 3\n"
+    )
     environ = HOME | {"GPUFARM_PORT": "2", "GPUFARM_WORKERS__COUNT": "2"}
     settings = load(None, {"port": 3, "host": None, "workers.max": 4}, environ)
     assert (settings.port, settings.host) == (3, "::1")
@@ -65,20 +67,20 @@ def test_later_sources_win_key_by_key(elsewhere: Path) -> None:
     assert settings.workers.queue_size == 3
 
 
-def test_the_file_is_named_by_option_then_variable_then_found(elsewhere: Path) -> None:
-    written(elsewhere, "port = 1")
+def test_the_file_is_found_by_option_then_variable_then_default(elsewhere: Path) -> None:
+    write_config(elsewhere, "port = 1")
     (elsewhere / "b.toml").write_text("port = 2", encoding="utf-8")
     (elsewhere / "c.toml").write_text("port = 3", encoding="utf-8")
     assert load(None, {}, HOME).port == 1
     assert load(None, {}, HOME | {"GPUFARM_CONFIG": "b.toml"}).port == 2
     assert load(Path("c.toml"), {}, HOME | {"GPUFARM_CONFIG": "b.toml"}).port == 3
-    assert "no such file" in complaint("", elsewhere, {"GPUFARM_CONFIG": "d.toml"})
+    assert "no such file" in error_of("", elsewhere, {"GPUFARM_CONFIG": "d.toml"})
 
 
-def test_relative_paths_belong_to_the_file(elsewhere: Path) -> None:
+def test_relative_paths_are_relative_to_the_file(elsewhere: Path) -> None:
     folder = elsewhere / "deep"
     folder.mkdir()
-    path = written(
+    path = write_config(
         folder,
         'state_dir = "state"\n[workers]\npath = ["models", "/abs"]\n'
         '[footprint]\nrequests = [{path = "/predict", body_file = "x.wav"}]\n',
@@ -94,13 +96,13 @@ def test_an_empty_variable_is_unset(elsewhere: Path) -> None:
     assert load(None, {}, environ).port == 8000
 
 
-def test_an_empty_text_is_the_default_in_the_file(elsewhere: Path) -> None:
-    written(elsewhere, 'state_dir = ""\n[budget]\nmemory = ""\nheadroom = ""\nram = ""\n')
+def test_an_empty_string_in_the_file_is_the_default(elsewhere: Path) -> None:
+    write_config(elsewhere, 'state_dir = ""\n[budget]\nmemory = ""\nheadroom = ""\nram = ""\n')
     assert load(None, {}, HOME) == load(None, {"port": 8000}, HOME)
     assert load(None, {}, HOME).state_dir == Path("/home/someone/.local/state/gpufarm")
 
 
-def test_variables_reach_lists_tables_and_sizes(elsewhere: Path) -> None:
+def test_variables_set_lists_tables_and_sizes(elsewhere: Path) -> None:
     environ = HOME | {
         "GPUFARM_MODEL__COMMAND": "python 'my server.py' --port {port}",
         "GPUFARM_MODEL__ALIASES": "tts-1, tts-1-hd",
@@ -121,7 +123,7 @@ def test_variables_reach_lists_tables_and_sizes(elsewhere: Path) -> None:
     assert args.model.args == {"size": 3, "Name": "x"}
 
 
-def test_a_kubernetes_service_named_gpufarm_does_no_harm(elsewhere: Path) -> None:
+def test_variables_of_a_kubernetes_service_named_gpufarm_are_ignored(elsewhere: Path) -> None:
     environ = HOME | {
         "GPUFARM_PORT": "tcp://10.0.0.1:8000",
         "GPUFARM_SERVICE_HOST": "10.0.0.1",
@@ -134,7 +136,7 @@ def test_a_kubernetes_service_named_gpufarm_does_no_harm(elsewhere: Path) -> Non
 
 
 def test_a_command_replaces_a_target_of_a_weaker_source(elsewhere: Path) -> None:
-    written(elsewhere, '[model]\ntarget = "hello:Hello"\n[footprint]\nbytes = "1GiB"')
+    write_config(elsewhere, '[model]\ntarget = "hello:Hello"\n[footprint]\nbytes = "1GiB"')
     assert load(None, {}, HOME).model.name == "hello"
     replaced = load(None, {"model.command": ["serve", "{port}"]}, HOME).model
     assert (replaced.target, replaced.command) == ("", ("serve", "{port}"))
@@ -148,7 +150,11 @@ def test_a_command_replaces_a_target_of_a_weaker_source(elsewhere: Path) -> None
         ('workers.count = "many"', {}, ['workers.count = "many"', "auto"]),
         ("workers.count = 1.5", {}, ["workers.count = 1.5"]),
         ("workers.max = 1000", {}, ["workers.max = 1000: must be a whole number from 1 to 256"]),
-        ("workers.request_timeout = 0", {}, ["workers.request_timeout = 0: must be seconds"]),
+        (
+            "workers.request_timeout = 0",
+            {},
+            ["workers.request_timeout = 0: must be a number of seconds above 0"],
+        ),
         ("workers.threads = true", {}, ["workers.threads = true", "number"]),
         ("port = 70000", {}, ["port = 70000: must be a port from 1 to 65535"]),
         ("prot = 1", {}, ["gpufarm.toml: prot = 1", "did you mean port?"]),
@@ -158,7 +164,7 @@ def test_a_command_replaces_a_target_of_a_weaker_source(elsewhere: Path) -> None
         ("workers = 3", {}, ["workers = 3: must be a section"]),
         ("footprint.bytes = 'seven'", {}, ['footprint.bytes = "seven"', '"7GiB"']),
         ("budget.headroom = -5", {}, ["budget.headroom = -5", "must be a size"]),
-        ("model.target = 'voice'", {}, ["model.target = 'voice'", "package.module:Class"]),
+        ("model.target = 'voice'", {}, ['model.target = "voice": must be "package.module:Class"']),
         ("model = {target = 'a:B', command = ['c', '{port}']}", {}, ["both target and command"]),
         ("model.target = ''", {}, ["neither target"]),
         ("model.command = ['c']", {}, ["{port}"]),
@@ -172,27 +178,27 @@ def test_a_command_replaces_a_target_of_a_weaker_source(elsewhere: Path) -> None
             {},
             ["footprint.requests.0", "both"],
         ),
-        ("footprint.requests = [{path = '/x', jsno = 1}]", {}, ["jsno", "no such key"]),
+        ("footprint.requests = [{path = '/x', jsno = 1}]", {}, ["jsno", "unknown key"]),
         ("port = ", {}, ["gpufarm.toml: not TOML", "Invalid value"]),
         ("", {"GPUFARM_WORKER__COUNT": "2"}, ["did you mean GPUFARM_WORKERS__COUNT?"]),
         (
             "",
             {"GPUFARM_WORKERS": "2"},
-            ["GPUFARM_WORKERS: there is", "keys are GPUFARM_WORKERS__COUNT"],
+            ["GPUFARM_WORKERS: unknown setting", "keys are GPUFARM_WORKERS__COUNT"],
         ),
         ("", {"GPUFARM_PORT": "http"}, ['GPUFARM_PORT = "http": must be a port']),
         ("", {"GPUFARM_WORKERS__COUNT": "-1"}, ['GPUFARM_WORKERS__COUNT = "-1": must be "auto"']),
         ("", {"GPUFARM_MODEL__ARGS": "{"}, ["GPUFARM_MODEL__ARGS: must be JSON"]),
         ("", {"GPUFARM_MODEL__COMMAND": "a 'b"}, ["GPUFARM_MODEL__COMMAND: must be a command"]),
         ("logs.format = 'xml'", {}, ['logs.format = "xml": must be "text" or "json"']),
-        ("", {"GPUFARM_CONFIG_FILE": "x"}, ["GPUFARM_CONFIG_FILE", "no such setting"]),
-        ("config_file = 'x'", {}, ["config_file", "no such key"]),
+        ("", {"GPUFARM_CONFIG_FILE": "x"}, ["GPUFARM_CONFIG_FILE", "unknown setting"]),
+        ("config_file = 'x'", {}, ["config_file", "unknown key"]),
     ],
 )
 def test_one_line_names_the_key_the_value_and_the_remedy(
     toml: str, environ: dict[str, str], words: list[str], elsewhere: Path
 ) -> None:
-    line = complaint(toml, elsewhere, environ)
+    line = error_of(toml, elsewhere, environ)
     for word in words:
         assert word in line
 
@@ -218,30 +224,28 @@ def test_one_line_names_the_key_the_value_and_the_remedy(
         ("footprint.requests = [{path = 'x', json = 'hf_abc123', content_type = 'auth'}]", {}),
     ],
 )
-def test_what_may_be_a_secret_is_never_shown(
-    toml: str, environ: dict[str, str], elsewhere: Path
-) -> None:
-    assert "hf_abc123" not in complaint(toml, elsewhere, environ)
+def test_a_possible_secret_is_hidden(toml: str, environ: dict[str, str], elsewhere: Path) -> None:
+    assert "hf_abc123" not in error_of(toml, elsewhere, environ)
 
 
 def test_a_number_in_place_of_a_secret_is_hidden_too(elsewhere: Path) -> None:
-    line = complaint("model.environment.PIN = 4711", elsewhere, {})
-    assert line == "gpufarm.toml: model.environment.PIN = (hidden): must be a table of texts"
-    assert "4711" not in complaint("model.enviroment.pin_token = 4711", elsewhere, {})
-    assert "4711" not in complaint("api_key = 4711", elsewhere, {})
+    line = error_of("model.environment.PIN = 4711", elsewhere, {})
+    assert line == "gpufarm.toml: model.environment.PIN = (hidden): must be a table of strings"
+    assert "4711" not in error_of("model.enviroment.pin_token = 4711", elsewhere, {})
+    assert "4711" not in error_of("api_key = 4711", elsewhere, {})
 
 
-def test_the_mark_of_a_farm_is_no_setting(elsewhere: Path) -> None:
+def test_the_variable_that_marks_a_farms_processes_is_ignored(elsewhere: Path) -> None:
     assert load(None, {}, HOME | {"GPUFARM_FARM": "/somewhere"}).port == 8000
 
 
 def test_the_command_line_is_named_as_the_source(elsewhere: Path) -> None:
-    line = complaint("port = 9", elsewhere, {}, port=-1)
+    line = error_of("port = 9", elsewhere, {}, port=-1)
     assert line == "command line: port = -1: must be a port from 1 to 65535"
 
 
 def test_several_problems_are_counted(elsewhere: Path) -> None:
-    assert complaint("port = 0\nworkers.max = 0", elsewhere, {}).endswith("(and 1 more)")
+    assert error_of("port = 0\nworkers.max = 0", elsewhere, {}).endswith("(and 1 more)")
 
 
 def test_an_unreadable_file_is_one_line(elsewhere: Path) -> None:
@@ -277,16 +281,16 @@ def test_the_example_holds_exactly_the_keys_and_their_defaults(elsewhere: Path) 
         for key in (inside if isinstance(inside, dict) else [section])
     }
     assert keys == set(sources.all_keys(Settings))
-    example = written(elsewhere, _uncommented(text))
+    example = write_config(elsewhere, _uncommented(text))
     with_example = load(example, {}, HOME)
     plain = load(None, {"state_dir": with_example.state_dir}, {**HOME, "GPUFARM_CONFIG": ""})
     assert with_example.to_json() == plain.to_json() | {"config_file": str(example)}
 
 
-def test_reading_the_configuration_stays_light() -> None:
+def test_reading_the_configuration_imports_nothing_heavy() -> None:
     heavy = ["rich", "typer", "httpx", "torch", "onnxruntime", "starlette", "uvicorn", "asyncio"]
     code = (
-        "import sys; from launcher.config import config, state; "
+        "import sys; from launcher.config import settings, state; "
         "from launcher.planning import plan; "
         f"print([m for m in {heavy!r} if m in sys.modules])"
     )
@@ -321,7 +325,7 @@ def test_sizes(text: object, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "7 apples", "1e3", -1, True, 1.5, None, []])
-def test_what_is_no_size(text: object) -> None:
+def test_an_invalid_size_is_an_error(text: object) -> None:
     with pytest.raises(ValueError, match="must be a size"):
         parse_size(text)
 
@@ -330,5 +334,5 @@ def test_what_is_no_size(text: object) -> None:
     ("size", "text"),
     [(0, "0 B"), (1023, "1023 B"), (7 * GIB, "7 GiB"), (24481313588, "22.8 GiB"), (-MIB, "-1 MiB")],
 )
-def test_sizes_for_people(size: int, text: str) -> None:
+def test_formatted_sizes(size: int, text: str) -> None:
     assert format_size(size) == text

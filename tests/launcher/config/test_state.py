@@ -40,14 +40,14 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_it_belongs_to_its_user_alone(tmp_path: Path) -> None:
+def test_the_directory_is_private_to_its_user(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir(mode=0o755)
     made = StateDir(tmp_path / "open").create()
     assert mode(made.path) == mode(made.logs) == mode(made.cache) == 0o700
     made.create()  # again is fine
 
 
-def test_a_file_in_its_place_is_one_line(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_directory_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ConfigError, match=r"state_dir = .*--state-dir"):
@@ -55,14 +55,14 @@ def test_a_file_in_its_place_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(ConfigError, match="cannot be used"):
         StateDir(tmp_path / "locked" / "state").create()
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_one_line_and_leaves_the_old_file(
+def test_a_full_disk_is_an_error_and_keeps_the_old_file(
     state: StateDir, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     write_json(state.desired_file, {"count": 1})
@@ -77,7 +77,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(
     assert [path.name for path in state.path.glob(".*")] == []
 
 
-def test_writing_into_a_missing_folder_is_one_line(tmp_path: Path) -> None:
+def test_writing_into_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         write_json(tmp_path / "none" / "x.json", {})
 
@@ -112,7 +112,7 @@ def test_readers_never_see_half_a_file(state: StateDir) -> None:
     assert set(seen) == {2000}
 
 
-def test_sockets_lie_in_the_state_directory_where_its_path_is_short(state: StateDir) -> None:
+def test_sockets_are_in_the_state_directory_where_its_path_is_short(state: StateDir) -> None:
     folder = state.runtime()
     assert folder == state.path / "run"
     assert mode(folder) == 0o700
@@ -135,7 +135,9 @@ def test_the_session_s_own_directory_is_never_used(
 
 
 @pytest.mark.parametrize("name", ["x" * 90, "a;b", "a b$c", "it's", "{a}", "a:b", "ü" * 40])
-def test_where_no_socket_can_lie_the_sockets_are_in_tmp(short: Path, name: str) -> None:
+def test_sockets_are_in_tmp_where_the_state_directory_cannot_hold_them(
+    short: Path, name: str
+) -> None:
     made = StateDir(short / name).create()
     folder = made.runtime()
     try:
@@ -225,7 +227,7 @@ def test_two_commands_cannot_work_on_one_farm(state: StateDir) -> None:
         pass
 
 
-def test_the_lock_is_waited_for_and_ends_with_its_holder(state: StateDir) -> None:
+def test_the_lock_can_be_waited_for_and_ends_with_its_holder(state: StateDir) -> None:
     code = (
         "import sys; from pathlib import Path; from launcher.config.state import StateDir\n"
         "with StateDir(Path(sys.argv[1])).lock():\n"
@@ -247,7 +249,7 @@ def test_the_lock_is_waited_for_and_ends_with_its_holder(state: StateDir) -> Non
             pass
 
 
-def test_ports_are_remembered(state: StateDir) -> None:
+def test_ports_are_recorded(state: StateDir) -> None:
     assert state.ports() == ()
     state.record_ports([20001, 20002])
     assert state.ports() == (20001, 20002)
@@ -268,7 +270,7 @@ def test_a_folder_in_use_for_something_else_is_refused_and_left_alone(
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_farms_own_folder_is_known_again_whatever_was_removed(state: StateDir) -> None:
+def test_a_farms_own_folder_is_recognised_after_files_were_removed(state: StateDir) -> None:
     with state.lock():
         shutil.rmtree(state.logs)
         shutil.rmtree(state.cache)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launcher.cli.settling import make_plan
+from launcher.cli.up import make_plan
 from launcher.config.settings import Settings, load
 from launcher.config.sizes import GIB, MIB
 from launcher.config.state import StateDir
@@ -33,7 +33,7 @@ class Machine:
         self.host = Host(64, 40 * GIB, 40 * GIB, "affinity", "MemAvailable")
         self.state = StateDir(folder / "state").create()
         self.folder = folder
-        self.said: list[str] = []
+        self.reports: list[str] = []
 
     def settings(self, **more: Any) -> Settings:
         (self.folder / "gpufarm.toml").write_text("")
@@ -50,7 +50,7 @@ class Machine:
     def plan(self, held: Held | None = None, given: Mapping[str, Any] | None = None) -> Plan:
         settings = self.settings(**(given or {}))
         self.know(FOOTPRINT, settings)
-        return make_plan(settings, self.state, self.said.append, held)
+        return make_plan(settings, self.state, self.reports.append, held)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_host_ram_of_running_gpu_workers_counts_as_free(machine: Machine) -> Non
         machine.plan(Held({"GPU-a": 14 * GIB}), {"workers.count": 7})
 
 
-def test_what_is_held_never_makes_more_than_there_is(machine: Machine) -> None:
+def test_held_memory_never_exceeds_what_the_host_has(machine: Machine) -> None:
     planned = machine.plan(Held({"GPU-a": 90 * GIB}, 90 * GIB))
     assert planned.host.ram_free == 40 * GIB
     assert planned.devices[0].device.free == 24 * GIB
@@ -97,7 +97,7 @@ def test_held_is_read_from_the_workers(machine: Machine) -> None:
     assert held.ram == held.host_ram + GIB
 
 
-def test_what_is_about_to_be_used() -> None:
+def test_about_to_use_is_the_plan_less_what_is_held() -> None:
     card = Device("GPU-a", "Card", "gpu", 24 * GIB, 24 * GIB)
     other = Device("GPU-b", "Card", "gpu", 24 * GIB, 24 * GIB)
     footprint = Footprint(3 * GIB, 2 * GIB, GIB)
@@ -112,23 +112,23 @@ def test_what_is_about_to_be_used() -> None:
     assert about_to_use(alone, Held({"cpu": 4 * GIB})) == {"cpu": GIB}
 
 
-def test_what_another_farm_is_about_to_use_is_not_planned_with(machine: Machine) -> None:
+def test_memory_reserved_by_another_farm_is_not_planned_with(machine: Machine) -> None:
     another = machine.folder / "another"
     reservations.reserve(another, {"GPU-a": 20 * GIB, "cpu": 8 * GIB, "GPU-z": GIB})
     planned = machine.plan()
     assert planned.devices[0].device.free == 4 * GIB
     assert planned.host.ram_free == 32 * GIB
     assert planned.count == 1
-    assert "20 GiB of Card are about to be used by another farm" in machine.said
-    assert "8 GiB of RAM are about to be used by another farm" in machine.said
-    assert len(machine.said) == 2
+    assert "20 GiB of Card are about to be used by another farm" in machine.reports
+    assert "8 GiB of RAM are about to be used by another farm" in machine.reports
+    assert len(machine.reports) == 2
     assert reservations.others(another) == {"GPU-a": 2 * GIB, "cpu": 4 * GIB}
     with pytest.raises(DoesNotFit, match=r"memory allows 1.*20 GiB of Card are about to be used"):
         machine.plan(given={"workers.count": 2})
     assert reservations.others(another) == {"GPU-a": 2 * GIB, "cpu": 4 * GIB}, "as it was"
 
 
-def test_a_believed_budget_of_ram_is_shared_too(machine: Machine) -> None:
+def test_a_configured_ram_budget_is_shared_with_another_farm(machine: Machine) -> None:
     reservations.reserve(machine.folder / "another", {"cpu": 8 * GIB})
     assert machine.plan(given={"budget.ram": "100GiB"}).host.ram_free == 92 * GIB
     assert machine.plan(given={"budget.ram": "16GiB"}).host.ram_free == 16 * GIB
