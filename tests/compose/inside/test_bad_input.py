@@ -87,5 +87,5 @@ def test_a_memory_limit_that_a_worker_runs_into_while_it_is_measured(tmp_path: P
         assert state["State"]["ExitCode"] in (DOES_NOT_FIT, KILLED), farm.logs()
         lines = [line for line in farm.logs() if line.startswith("gpufarm: ")]
         assert 1 <= len(lines) <= TRIES, farm.logs()
-        assert all("memory ran out" in line for line in lines)
+        assert all("OOM killer" in line for line in lines)
         assert not any("Traceback" in line for line in farm.logs())
